@@ -1,0 +1,212 @@
+"""The one loop (Algorithm 2): any schedule, solver and intermediate; AFS, NFE, trajectories."""
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from amedlib.checks import require
+from amedlib.solvers import Evaluation, Solver, TwoStage
+from amedlib.intermediate import Intermediate
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What ``sample`` returns.
+
+    Attributes:
+        x: final states [B, C, H, W], float64.
+        trajectory: states at all time points [N, B, C, H, W], or ``None``.
+        nfe: network evaluations per sample, counted.
+    """
+
+    x: torch.Tensor
+    trajectory: torch.Tensor | None
+    nfe: int
+
+
+def make_latents(seeds: Iterable[int], shape: tuple[int, ...], device="cpu") -> torch.Tensor:
+    """Unit normal latents [len(seeds), *shape], float32; one generator per seed.
+
+    So sample i is the same image in every batch and on every device.
+    """
+    seeds = list(seeds)
+    latents = torch.empty(len(seeds), *shape)
+    generator = torch.Generator()
+    for row, seed in zip(latents, seeds, strict=True):
+        torch.randn(shape, generator=generator.manual_seed(seed), out=row)
+    return latents.to(device)
+
+
+class Sampler:
+    """Samples on their way along a schedule, one interval at a time.
+
+    ``sample`` runs it to the end; training stops after each interval to compare with the teacher.
+    The state is in the open: ``x``, ``history``, ``nfe`` and ``interval`` may be read, and between
+    intervals replaced. ``start`` is the state at which the latest interval began.
+
+    Args:
+        denoiser: D(x; t) as a callable ``(x, t, labels=None)``. With the attribute
+            ``gives_bottleneck`` it is also asked for its bottleneck (``return_bottleneck=True``).
+        x: states at ``times[0]``, [B, C, H, W].
+        times: N descending points, float64.
+        solver: from ``make_solver``.
+        afs: analytical first step: the slope at ``times[0]`` is x / sqrt(1 + t^2), at no cost.
+        intermediate: ``None``, or see ``intermediate.py``.
+        labels: handed to the denoiser.
+    """
+
+    def __init__(self, denoiser, x, times, solver, afs=False, intermediate=None, labels=None):
+        if intermediate is None and isinstance(solver, TwoStage):
+            require(
+                solver.r is not None,
+                "intermediate",
+                intermediate,
+                f"given for solver {solver.name!r}, which has no location of its own",
+            )
+            intermediate = _fixed(solver.r)
+        self.denoiser, self.times, self.solver = denoiser, times, solver
+        self.afs, self.intermediate, self.labels = afs, intermediate, labels
+        self.points = len(times) if intermediate is None else 2 * len(times) - 1
+        self.x = self.start = x
+        self.history: deque[Evaluation] = deque(maxlen=solver.memory)
+        self.nfe = 0
+        self.interval = 0
+        self._steps = 0  # taken on the refined grid
+        self._last = (1, 1.0)  # order and scale of the latest step, for the corrector
+
+    def _evaluate(self, x, t, bottleneck=False):
+        self.nfe += 1
+        if bottleneck and getattr(self.denoiser, "gives_bottleneck", False):
+            denoised, bottleneck = self.denoiser(x, t, self.labels, return_bottleneck=True)
+            return denoised.to(x.dtype), bottleneck
+        return self.denoiser(x, t, self.labels).to(x.dtype), None
+
+    def _remember(self, t, denoised):
+        """Enter an evaluation at (self.x, t) into the history, and correct the state if due."""
+        self.history.append(Evaluation(self.x, t, self.solver.output(self.x, t, denoised)))
+        if self._steps and self.solver.corrects_after(self._steps, self.points):
+            self.x = self.solver.correct(self.history, *self._last)
+            self.history[-1] = replace(self.history[-1], x=self.x)
+
+    def _step(self, t, scale=1.0):
+        self._steps += 1
+        order = self.solver.order_at(self._steps, self.points)
+        self._last = (order, scale)
+        self.x = self.solver.step(self.history, t, order, scale)
+
+    def advance(self, known=None):
+        """Cross one interval.
+
+        Args:
+            known: the evaluation ``(D, bottleneck)`` at the current state and time, if somebody has
+                made it already; it is then neither made again nor counted.
+
+        Returns:
+            The evaluation ``(D, bottleneck)`` at the start of the interval.
+        """
+        t_cur, t_next = self.times[self.interval], self.times[self.interval + 1]
+        if self.solver.single_step:
+            self.history.clear()
+        if self.interval == 0 and self.afs:
+            known = self.x - t_cur * self.x / torch.sqrt(1 + t_cur**2), None
+        elif known is None:
+            known = self._evaluate(self.x, t_cur, bottleneck=self.intermediate is not None)
+        self._remember(t_cur, known[0])
+        self.start = self.x
+        if self.intermediate is not None:
+            r, scale_dir, scale_time = self.intermediate(self.interval, t_cur, t_next, known[1])
+            middle = t_next**r * t_cur ** (1 - r)
+            self._step(middle)
+            self._remember(middle, self._evaluate(self.x, scale_time * middle)[0])
+            self._step(t_next, scale_dir)
+        else:
+            self._step(t_next)
+        self.interval += 1
+        return known
+
+    def finish(self):
+        """Correct the final state where the solver asks for it (UniPC on very short schedules)."""
+        if self.solver.corrects_after(self._steps, self.points):
+            self._remember(self.times[-1], self._evaluate(self.x, self.times[-1])[0])
+
+
+def _fixed(r: float) -> Callable[..., Intermediate]:
+    return lambda step, t_cur, t_next, bottleneck: Intermediate(r)
+
+
+def check_inputs(denoiser, latents, times, solver, intermediate) -> None:
+    """Raise ``ValueError`` for what ``sample`` cannot work with."""
+    require(callable(denoiser), "denoiser", denoiser, "a callable (x, t, labels=None)")
+    require(isinstance(solver, Solver), "solver", solver, "made by amedlib.make_solver")
+    require(
+        latents.ndim == 4 and len(latents) > 0,
+        "latents",
+        tuple(latents.shape),
+        "of shape [B, C, H, W] with at least one sample",
+    )
+    require(
+        times.ndim == 1
+        and len(times) >= 2
+        and bool(torch.isfinite(times).all())
+        and bool((times.diff() < 0).all())
+        and times[-1] > 0,
+        "times",
+        times.tolist(),
+        "at least two positive time points in descending order",
+    )
+    if getattr(intermediate, "uses_bottleneck", False):
+        require(
+            getattr(denoiser, "gives_bottleneck", False),
+            "denoiser",
+            denoiser,
+            "one that gives its bottleneck, which this intermediate uses",
+        )
+    if hasattr(intermediate, "check"):
+        intermediate.check(len(times) - 1)
+
+
+@torch.no_grad()
+def sample(
+    denoiser,
+    latents: torch.Tensor,
+    times: torch.Tensor,
+    solver: Solver,
+    afs: bool = False,
+    intermediate=None,
+    labels: torch.Tensor | None = None,
+    trajectory: bool = False,
+) -> Sample:
+    """Solve the ODE from ``latents * times[0]`` down to ``times[-1]`` (Algorithm 2).
+
+    The state is float64 throughout; the denoiser computes in its own precision.
+
+    Args:
+        denoiser: D(x; t), a callable ``(x, t, labels=None)``; x is [B, C, H, W], t a 0-dimensional
+            tensor or [B, 1, 1, 1].
+        latents: unit normal [B, C, H, W].
+        times: N descending time points, from ``make_schedule``.
+        solver: from ``make_solver``.
+        afs: analytical first step, saves one evaluation.
+        intermediate: ``None`` for the plain solver; ``TimeWise`` or a ``Predictor`` for AMED-Solver
+            and AMED-Plugin.
+        labels: handed to the denoiser.
+        trajectory: keep the states at all N time points.
+
+    Raises:
+        ValueError: an argument is not of the form above.
+    """
+    times = torch.as_tensor(times, dtype=torch.float64, device=latents.device)
+    check_inputs(denoiser, latents, times, solver, intermediate)
+    x = latents.to(torch.float64) * times[0]
+    sampler = Sampler(denoiser, x, times, solver, afs, intermediate, labels)
+    states = []
+    for _ in range(len(times) - 1):
+        sampler.advance()
+        if trajectory:  # the state at the interval's start, corrected where the solver corrects
+            states.append(sampler.start)
+    sampler.finish()
+    if trajectory:
+        states.append(sampler.x)
+    return Sample(sampler.x, torch.stack(states) if trajectory else None, sampler.nfe)

@@ -1,0 +1,143 @@
+"""Time schedules: where the time steps are.
+
+Time is the noise level, t = sigma. A schedule is a descending float64 tensor of N points from
+``sigma_max`` to ``sigma_min``; the paper counts the same points upwards, t_1 = epsilon to t_N = T.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+from amedlib.checks import one_of, require
+
+# The shortest VP time that the time_uniform schedule visits (Song et al., 2021, Appendix C).
+VP_TIME_MIN = 1e-3
+
+
+def vp_coefficients(sigma_min: float, sigma_max: float) -> tuple[float, float]:
+    """beta_d and beta_min of the VP process whose noise level runs from sigma_min to sigma_max.
+
+    The process has sigma(tau)^2 = exp(beta_d tau^2 / 2 + beta_min tau) - 1, and the two numbers are
+    fixed by sigma(VP_TIME_MIN) = sigma_min and sigma(1) = sigma_max.
+    """
+    top, bottom = math.log1p(sigma_max**2), math.log1p(sigma_min**2)
+    beta_d = 2 * (bottom / VP_TIME_MIN - top) / (VP_TIME_MIN - 1)
+    return beta_d, top - beta_d / 2
+
+
+def _polynomial(u, sigma_min, sigma_max, rho):
+    top, bottom = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return (top + u * (bottom - top)) ** rho
+
+
+def _logsnr(u, sigma_min, sigma_max):
+    return torch.exp((1 - u) * math.log(sigma_max) + u * math.log(sigma_min))
+
+
+def _time_uniform(u, sigma_min, sigma_max, rho):
+    beta_d, beta_min = vp_coefficients(sigma_min, sigma_max)
+    tau = (1 + u * (VP_TIME_MIN ** (1 / rho) - 1)) ** rho
+    return torch.sqrt(torch.expm1(beta_d * tau**2 / 2 + beta_min * tau))
+
+
+def _discrete(u, sigma_min, sigma_max, sigmas):
+    if sigmas is None:  # the 1000 levels of latent diffusion and Stable Diffusion v1
+        betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+        alphas = np.cumprod(1 - betas)
+        sigmas = np.sqrt((1 - alphas) / alphas)
+    sigmas = np.asarray(sigmas, dtype=np.float64)
+    require(
+        sigmas.ndim == 1 and len(sigmas) > 1 and bool(np.all(np.diff(sigmas) > 0)),
+        "sigmas",
+        sigmas.shape,
+        "an ascending list of at least two noise levels",
+    )
+    for name, sigma in (("sigma_min", sigma_min), ("sigma_max", sigma_max)):
+        require(
+            sigmas[0] * (1 - 1e-6) <= sigma <= sigmas[-1] * (1 + 1e-6),
+            name,
+            sigma,
+            f"between the model's lowest and highest noise level, {sigmas[0]:.4g} and "
+            f"{sigmas[-1]:.4g}, for the discrete schedule",
+        )
+    # Between two levels, log alpha is taken as linear in the level's number.
+    level, log_alpha = np.arange(len(sigmas)), -0.5 * np.log1p(sigmas**2)
+
+    def number(sigma):
+        return np.interp(0.5 * np.log1p(sigma**2), -log_alpha, level)
+
+    numbers = number(sigma_max) + u.numpy() * (number(sigma_min) - number(sigma_max))
+    return torch.from_numpy(np.sqrt(np.expm1(-2 * np.interp(numbers, level, log_alpha))))
+
+
+SCHEDULES = ("polynomial", "logsnr", "time_uniform", "discrete")
+
+
+def make_schedule(
+    name: str = "polynomial",
+    num_steps: int = 6,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float | None = None,
+    sigmas=None,
+) -> torch.Tensor:
+    """The N = ``num_steps`` time points of a schedule, descending, float64, shape [N].
+
+    Args:
+        name: ``"polynomial"`` (Eq. 10 of the paper), ``"logsnr"`` (its limit for large rho:
+            geometric), ``"time_uniform"`` (uniform in the time of the VP process) or
+            ``"discrete"`` (uniform in the number of the noise level a model was trained on).
+        num_steps: number of time points, at least 2; there is one interval fewer.
+        sigma_min, sigma_max: the ends, 0 < sigma_min < sigma_max.
+        rho: exponent, positive; 7 for polynomial and 1 for time_uniform unless given. The other
+            two have none and ignore it.
+        sigmas: ascending noise levels of the model, for ``"discrete"`` only; those of Stable
+            Diffusion v1 unless given.
+
+    Raises:
+        ValueError: an argument is outside its range.
+    """
+    one_of("schedule", name, SCHEDULES)
+    require(
+        isinstance(num_steps, int | np.integer) and num_steps >= 2,
+        "num_steps",
+        num_steps,
+        "a whole number of at least 2 time points",
+    )
+    require(
+        0 < sigma_min < sigma_max < math.inf,
+        "sigma_min and sigma_max",
+        (sigma_min, sigma_max),
+        "finite with 0 < sigma_min < sigma_max",
+    )
+    if rho is None:
+        rho = 7.0 if name == "polynomial" else 1.0
+    require(0 < rho < math.inf, "rho", rho, "a positive number")
+    u = torch.arange(num_steps, dtype=torch.float64) / (num_steps - 1)
+    if name == "polynomial":
+        times = _polynomial(u, sigma_min, sigma_max, rho)
+    elif name == "logsnr":
+        times = _logsnr(u, sigma_min, sigma_max)
+    elif name == "time_uniform":
+        times = _time_uniform(u, sigma_min, sigma_max, rho)
+    else:
+        times = _discrete(u, sigma_min, sigma_max, sigmas)
+    # The ends are what was asked for, to the last bit.
+    times[0], times[-1] = sigma_max, sigma_min
+    return times
+
+
+def refine(times: torch.Tensor, between: torch.Tensor) -> torch.Tensor:
+    """``between`` with every (M+1)-th point replaced by ``times``: the teacher's schedule (Eq. 13).
+
+    Args:
+        times: the student's N points.
+        between: the same schedule with (M+1)(N-1)+1 points; its kept points equal the student's up
+            to rounding, and afterwards to the last bit.
+    """
+    stride, rest = divmod(len(between) - 1, len(times) - 1)
+    require(rest == 0, "between", len(between), "a refinement: (M+1)(N-1)+1 points")
+    refined = between.clone()
+    refined[::stride] = times
+    return refined

@@ -1,4 +1,4 @@
-"""One way to refuse bad input: a sentence that names the argument, what was given and what is allowed."""
+"""Bad input gets one sentence: the argument, what was given, what is allowed."""
 
 from collections.abc import Iterable
 

@@ -1,8 +1,8 @@
 """Where inside a step the extra evaluation is: a fixed r, a searched table, or learned by g_phi.
 
 An intermediate is any callable ``(step, t_cur, t_next, bottleneck) -> Intermediate`` and is asked
-once per interval, after the evaluation at t_cur. The intermediate time is the weighted geometric mean
-s = t_next^r t_cur^(1-r) (Sec. 3.3): r = 0 is t_cur, r = 1 is t_next.
+once per interval, after the evaluation at t_cur. The intermediate time is the weighted geometric
+mean s = t_next^r t_cur^(1-r) (Sec. 3.3): r = 0 is t_cur, r = 1 is t_next.
 """
 
 from collections.abc import Sequence

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from amedlib.checks import require
-from amedlib.solvers import Evaluation, Solver, TwoStage
 from amedlib.intermediate import Intermediate
+from amedlib.solvers import Evaluation, Solver, TwoStage
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,15 @@ class Sampler:
         self._steps = 0  # taken on the refined grid
         self._last = (1, 1.0)  # order and scale of the latest step, for the corrector
 
-    def _evaluate(self, x, t, bottleneck=False):
+    def _evaluate(self, t, bottleneck=False):
         self.nfe += 1
         if bottleneck and getattr(self.denoiser, "gives_bottleneck", False):
-            denoised, bottleneck = self.denoiser(x, t, self.labels, return_bottleneck=True)
-            return denoised.to(x.dtype), bottleneck
-        return self.denoiser(x, t, self.labels).to(x.dtype), None
+            return self.denoiser(self.x, t, self.labels, return_bottleneck=True)
+        return self.denoiser(self.x, t, self.labels), None
 
     def _remember(self, t, denoised):
         """Enter an evaluation at (self.x, t) into the history, and correct the state if due."""
+        denoised = denoised.to(self.x.dtype)
         self.history.append(Evaluation(self.x, t, self.solver.output(self.x, t, denoised)))
         if self._steps and self.solver.corrects_after(self._steps, self.points):
             self.x = self.solver.correct(self.history, *self._last)
@@ -104,7 +104,8 @@ class Sampler:
                 made it already; it is then neither made again nor counted.
 
         Returns:
-            The evaluation ``(D, bottleneck)`` at the start of the interval.
+            The evaluation ``(D, bottleneck)`` at ``start``; ``None`` where it was made elsewhere,
+            before a corrector moved the state.
         """
         t_cur, t_next = self.times[self.interval], self.times[self.interval + 1]
         if self.solver.single_step:
@@ -112,24 +113,33 @@ class Sampler:
         if self.interval == 0 and self.afs:
             known = self.x - t_cur * self.x / torch.sqrt(1 + t_cur**2), None
         elif known is None:
-            known = self._evaluate(self.x, t_cur, bottleneck=self.intermediate is not None)
+            known = self._evaluate(t_cur, bottleneck=True)
+        evaluated = self.x
         self._remember(t_cur, known[0])
         self.start = self.x
         if self.intermediate is not None:
             r, scale_dir, scale_time = self.intermediate(self.interval, t_cur, t_next, known[1])
             middle = t_next**r * t_cur ** (1 - r)
             self._step(middle)
-            self._remember(middle, self._evaluate(self.x, scale_time * middle)[0])
+            self._remember(middle, self._evaluate(scale_time * middle)[0])
             self._step(t_next, scale_dir)
         else:
             self._step(t_next)
         self.interval += 1
-        return known
+        return known if self.start is evaluated else None
+
+    def detach(self):
+        """Cut the state and the history off from the autograd graph."""
+        self.x = self.x.detach()
+        for i, e in enumerate(self.history):
+            self.history[i] = Evaluation(e.x.detach(), e.t.detach(), e.output.detach())
+        order, scale = self._last
+        self._last = order, scale.detach() if torch.is_tensor(scale) else scale
 
     def finish(self):
         """Correct the final state where the solver asks for it (UniPC on very short schedules)."""
         if self.solver.corrects_after(self._steps, self.points):
-            self._remember(self.times[-1], self._evaluate(self.x, self.times[-1])[0])
+            self._remember(self.times[-1], self._evaluate(self.times[-1])[0])
 
 
 def _fixed(r: float) -> Callable[..., Intermediate]:

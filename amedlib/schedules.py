@@ -126,18 +126,3 @@ def make_schedule(
     # The ends are what was asked for, to the last bit.
     times[0], times[-1] = sigma_max, sigma_min
     return times
-
-
-def refine(times: torch.Tensor, between: torch.Tensor) -> torch.Tensor:
-    """``between`` with every (M+1)-th point replaced by ``times``: the teacher's schedule (Eq. 13).
-
-    Args:
-        times: the student's N points.
-        between: the same schedule with (M+1)(N-1)+1 points; its kept points equal the student's up
-            to rounding, and afterwards to the last bit.
-    """
-    stride, rest = divmod(len(between) - 1, len(times) - 1)
-    require(rest == 0, "between", len(between), "a refinement: (M+1)(N-1)+1 points")
-    refined = between.clone()
-    refined[::stride] = times
-    return refined

@@ -1,9 +1,9 @@
 """The solver family: how one step is taken from the evaluations so far.
 
-Every solver is a small frozen dataclass with ``step(history, t_next, order, scale)``. It never calls
-the network: the loop in ``sampling.py`` evaluates, and hands over a short history, newest last. So an
-AMED-Plugin is no solver of its own. It is the same solver stepping twice, once to the intermediate
-time s and once on to t_next, and times may differ from sample to sample.
+Every solver is a small frozen dataclass with ``step(history, t_next, order, scale)``. It never
+calls the network: the loop in ``sampling.py`` evaluates, and hands over a short history, newest
+last. So an AMED-Plugin is no solver of its own. It is the same solver stepping twice, once to the
+intermediate time s and once on to t_next, and times may differ from sample to sample.
 
 The ODE is dx/dt = e(x, t) with the slope e = (x - D(x; t)) / t (Eq. 6).
 """
@@ -179,8 +179,8 @@ class Euler(IPNDM):
     highest_order = 1
 
 
-# Nodes and weights of Gauss-Legendre quadrature. The integrands below are smooth in log sigma, where
-# 64 nodes leave an error at the level of rounding.
+# Nodes and weights of Gauss-Legendre quadrature. The integrands below are smooth in log sigma,
+# where 64 nodes leave an error at the level of rounding.
 NODES, WEIGHTS = (torch.from_numpy(values) for values in np.polynomial.legendre.leggauss(64))
 
 
@@ -211,17 +211,15 @@ class DEIS(LinearMultistep):
         if len(times) == 1:
             return [t_next - times[0]]
         start, end = torch.log(times[0]), torch.log(t_next)
-        sigma = [torch.exp((start + end + (end - start) * z) / 2) for z in NODES.to(end)]
-        nodes = [self._variable(t) for t in times]
-        at = [self._variable(s) for s in sigma]
+        # The quadrature's nodes along a first axis, before those of per-sample times.
+        shape = [-1] + [1] * max(start.ndim, end.ndim)
+        z, w = NODES.to(end).reshape(shape), WEIGHTS.to(end).reshape(shape)
+        sigma = torch.exp((start + end + (end - start) * z) / 2)
+        u, nodes = self._variable(sigma), [self._variable(t) for t in times]
         result = []
         for j, node in enumerate(nodes):
-            others = nodes[:j] + nodes[j + 1 :]
-            integral = sum(
-                w * s * math.prod((u - other) / (node - other) for other in others)
-                for w, s, u in zip(WEIGHTS.to(end), sigma, at, strict=True)
-            )
-            result.append(integral * (end - start) / 2)
+            basis = math.prod((u - v) / (node - v) for i, v in enumerate(nodes) if i != j)
+            result.append((w * sigma * basis).sum(0) * (end - start) / 2)
         return result
 
 
@@ -231,10 +229,14 @@ class DEIS(LinearMultistep):
 def dynamic_threshold(denoised: torch.Tensor, quantile: float = 0.995) -> torch.Tensor:
     """Clip every image to its own bound s = max(1, quantile of |x|) and divide by s.
 
-    Dynamic thresholding as DPM-Solver++ uses it; meant for data in [-1, 1]. [B, C, H, W] to the same.
+    As DPM-Solver++ uses it, meant for data in [-1, 1]; [B, C, H, W] in and out.
     """
-    bound = torch.quantile(denoised.abs().flatten(1), quantile, dim=1).clamp(min=1)
-    bound = bound.reshape(-1, *[1] * (denoised.ndim - 1))
+    magnitude = denoised.abs().flatten(1)
+    # The quantile with linear interpolation; torch.quantile refuses large batches.
+    below, fraction = divmod(quantile * (magnitude.shape[1] - 1), 1)
+    largest = magnitude.topk(magnitude.shape[1] - int(below), dim=1).values
+    bound = torch.lerp(largest[:, -1], largest[:, -2], fraction) if fraction else largest[:, -1]
+    bound = bound.clamp(min=1).reshape(-1, *[1] * (denoised.ndim - 1))
     return denoised.clamp(-bound, bound) / bound
 
 
@@ -315,7 +317,7 @@ class DPMpp(ExponentialMultistep):
 
 @dataclass(frozen=True)
 class UniPC(ExponentialMultistep):
-    """UniPC (Zhao et al., 2023), order 1 to 3: predictor, then a corrector that costs no evaluation.
+    """UniPC (Zhao et al., 2023), order 1 to 3: predictor and a corrector without evaluations.
 
     The corrector of step n uses the evaluation at the predicted end, which is also the first
     evaluation of step n+1. ``variant`` is the function B(h): ``"bh1"`` or ``"bh2"``.

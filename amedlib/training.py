@@ -1,0 +1,441 @@
+"""Training of g_phi (Algorithm 1): the student learns to meet its teacher after every step."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.autograd.forward_ad as fwad
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from tqdm.auto import tqdm
+
+from amedlib.checks import one_of, require
+from amedlib.files import load_tensors, save_tensors
+from amedlib.intermediate import Intermediate, Predictor
+from amedlib.sampling import Sampler, make_latents
+from amedlib.schedules import make_schedule
+from amedlib.solvers import make_solver
+
+# What the paper's text and the released code do differently. The start of a step: from the
+# student's own previous output (Algorithm 1), or from the teacher's sample (the released code, for
+# single-step solvers only).
+RECIPES = {
+    "paper": {"form": "paper", "scale_dir": 0.0, "images": 20_000, "start": "student"},
+    "release": {"form": "release", "scale_dir": 0.01, "images": 10_000, "start": "teacher"},
+}
+LOSSES = ("l2", "features", "lpips")
+# Training latents come from seeds that no evaluation uses.
+FIRST_TRAINING_SEED = 10**12
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything that determines a predictor, but the denoiser.
+
+    ``None`` stands for what the recipe says; after construction no field is ``None``.
+
+    Attributes:
+        solver, options: the student, by name and options of ``make_solver``.
+        schedule, rho, num_steps, sigma_min, sigma_max: its time points, as in ``make_schedule``.
+        afs: analytical first step of the student. The teacher never uses it.
+        recipe: ``"paper"`` or ``"release"``.
+        teacher: solver of the teacher; the student's unless given, Heun for AMED-Solver.
+        m: M, the number of smooth intermediate steps of the teacher in every interval (Eq. 13).
+        loss: ``"l2"`` (squared), ``"features"`` or ``"lpips"``.
+        form, scale_dir, scale_time, uses_bottleneck: see ``Predictor``.
+        start: where the student starts a step, ``"student"`` or ``"teacher"``.
+        images: trajectories seen in training; a whole number of batches is used.
+        batch: trajectories per update; every batch makes one update per step.
+        learning_rate: of Adam.
+        gradient: ``"reverse"`` or ``"forward"`` differentiation of the network.
+        seed: of the predictor's initial weights and of the training latents.
+    """
+
+    solver: str = "amed"
+    options: dict = field(default_factory=dict)
+    schedule: str = "polynomial"
+    rho: float | None = None
+    num_steps: int = 4
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    afs: bool = True
+    recipe: str = "release"
+    teacher: str | None = None
+    m: int = 1
+    loss: str = "l2"
+    form: str | None = None
+    scale_dir: float | None = None
+    scale_time: float = 0.0
+    uses_bottleneck: bool = True
+    start: str | None = None
+    images: int | None = None
+    batch: int = 128
+    learning_rate: float = 5e-3
+    gradient: str = "reverse"
+    seed: int = 0
+
+    def __post_init__(self):
+        one_of("recipe", self.recipe, RECIPES)
+        solver = make_solver(self.solver, **self.options)
+        defaults = dict(RECIPES[self.recipe])
+        defaults["teacher"] = "heun" if self.solver == "amed" else self.solver
+        if not solver.single_step and self.solver != "euler":
+            defaults["start"] = "student"
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        one_of("loss", self.loss, LOSSES)
+        one_of("start", self.start, ("student", "teacher"))
+        one_of("gradient", self.gradient, ("reverse", "forward"))
+        one_of("teacher", self.teacher, TEACHERS)
+        for name in ("m", "images", "batch"):
+            value = getattr(self, name)
+            require(
+                isinstance(value, int) and value >= 1, name, value, "a whole number of at least 1"
+            )
+        require(
+            self.form == "release" or not (self.scale_dir or self.scale_time),
+            "scale_dir and scale_time",
+            (self.scale_dir, self.scale_time),
+            'zero in the form "paper", which predicts r only',
+        )
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a positive number")
+        require(
+            isinstance(self.seed, int) and 0 <= self.seed < 1000,
+            "seed",
+            self.seed,
+            "a whole number from 0 to 999",
+        )
+        self.times()
+
+    def times(self, refinement: int = 1) -> torch.Tensor:
+        """The student's time points; with ``refinement = m + 1`` the teacher's."""
+        points = refinement * (self.num_steps - 1) + 1
+        return make_schedule(self.schedule, points, self.sigma_min, self.sigma_max, self.rho)
+
+    def teacher_times(self) -> torch.Tensor:
+        """The teacher's time points; every (m+1)-th is the student's, to the last bit."""
+        times = self.times(self.m + 1)
+        times[:: self.m + 1] = self.times()
+        return times
+
+    def teacher_solver(self):
+        """The teacher; it shares the student's options where it is the same solver."""
+        return make_solver(self.teacher, **(self.options if self.teacher == self.solver else {}))
+
+
+TEACHERS = ("euler", "heun", "dpm2", "ipndm", "deis", "dpmpp", "unipc")
+
+
+def squared_l2(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Squared Euclidean distance of images, summed over their pixels: [B, C, H, W] twice to [B]."""
+    return (x - y).square().flatten(1).sum(1)
+
+
+# --- differentiating the frozen network ---------------------------------------------------------
+
+
+class _LinearInOneCall(TorchFunctionMode):
+    """Convolves a dual number's primal and tangent in one batch, to read the weights once."""
+
+    functions = (F.conv2d, F.conv_transpose2d, F.linear)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function in self.functions:
+            primal, tangent = fwad.unpack_dual(args[0])
+            if tangent is not None:
+                args = list(args)
+                bias = args.pop(2) if len(args) > 2 else kwargs.pop("bias", None)
+                if len(args) > 2:  # whatever follows the bias by position
+                    args.insert(2, None)
+                both = function(torch.cat([primal, tangent]), *args[1:], **kwargs)
+                primal, tangent = both.chunk(2)
+                if bias is not None:
+                    shape = [1, -1] + [1] * (primal.ndim - 2)
+                    primal = primal + (bias if function is F.linear else bias.reshape(shape))
+                return fwad.make_dual(primal, tangent)
+        return function(*args, **kwargs)
+
+
+def forward_derivative(denoiser, x, t, dx, dt, labels=None):
+    """D(x; t) and its derivative along (dx, dt), in forward mode: no activation is kept.
+
+    Args:
+        x, dx: [B, C, H, W].
+        t, dt: [B, 1, 1, 1].
+
+    To be called within ``torch.autograd.forward_ad.dual_level``.
+
+    Returns:
+        Two tensors [B, C, H, W].
+    """
+    with torch.no_grad(), _LinearInOneCall():
+        out = denoiser(fwad.make_dual(x, dx), fwad.make_dual(t, dt), labels)
+        return tuple(fwad.unpack_dual(out))
+
+
+class _ForwardMode:
+    """A student's denoiser and intermediate, tied together for forward mode.
+
+    Inside a step the network's input depends on at most two scalars per sample, r and scale_time.
+    So D at the second evaluation is returned as D + dD/dr (r - r0) + dD/da (a - a0) with r0 = r and
+    a0 = a: the value is exact, and autograd finds the derivatives in it.
+    """
+
+    def __init__(self, denoiser, predictor):
+        self.denoiser, self.predictor = denoiser, predictor
+        self.gives_bottleneck = getattr(denoiser, "gives_bottleneck", False)
+
+    def intermediate(self, step, t_cur, t_next, bottleneck):
+        self.r, scale_dir, self.scale_time = self.predictor(step, t_cur, t_next, bottleneck)
+        # A tangent of one on r makes the tangents of the state and the time d/dr.
+        return Intermediate(
+            fwad.make_dual(self.r, torch.ones_like(self.r)), scale_dir, self.scale_time
+        )
+
+    def __call__(self, x, t, labels=None, **options):
+        if fwad.unpack_dual(t).tangent is None:  # the evaluation at t_cur
+            return self.denoiser(x, t, labels, **options)
+        (x, dx), (t, dt) = fwad.unpack_dual(x), fwad.unpack_dual(t)
+        x, dx = x.detach(), dx.detach()
+        t, dt = (value.detach().expand(len(x), 1, 1, 1).contiguous() for value in (t, dt))
+        scalars, directions = [self.r], [(dx, dt)]
+        if torch.is_tensor(self.scale_time):
+            scalars.append(self.scale_time)
+            directions.append((torch.zeros_like(dx), t / self.scale_time.detach()))
+        derivatives = []
+        for dx, dt in directions:
+            denoised, derivative = forward_derivative(self.denoiser, x, t, dx, dt, labels)
+            derivatives.append(derivative)
+        for scalar, derivative in zip(scalars, derivatives, strict=True):
+            denoised = denoised + derivative * (scalar - scalar.detach())
+        return denoised
+
+
+# --- Algorithm 1 --------------------------------------------------------------------------------
+
+
+def _teach(denoiser, x, config, labels):
+    """The teacher's states at the student's times, and what it evaluated there.
+
+    Returns:
+        Two lists over n = 0..N-1: the states y_n, and for n < N-1 the evaluation (D, bottleneck) at
+        y_n or ``None``.
+    """
+    teacher = Sampler(denoiser, x, config.teacher_times(), config.teacher_solver(), labels=labels)
+    states, evaluations = [], []
+    for i in range(len(teacher.times) - 1):
+        evaluated = teacher.advance()
+        if i % (config.m + 1) == 0:
+            states.append(teacher.start)
+            evaluations.append(evaluated)
+    teacher.finish()
+    return [*states, teacher.x], evaluations
+
+
+class Trainer:
+    """Trains one predictor, batch by batch; what it holds can be saved and taken up again.
+
+    Args:
+        denoiser: the frozen network, a callable as in ``sample``; its parameters are not trained.
+        config: see ``Training``.
+        shape: of one sample, (C, H, W).
+        distance: the loss, images twice [B, C, H, W] to [B]; squared L2 unless given.
+        device: where the latents and the predictor are.
+    """
+
+    def __init__(
+        self,
+        denoiser,
+        config: Training,
+        shape: tuple[int, int, int],
+        distance: Callable = squared_l2,
+        device="cpu",
+    ):
+        require(
+            getattr(denoiser, "gives_bottleneck", False) or not config.uses_bottleneck,
+            "uses_bottleneck",
+            config.uses_bottleneck,
+            "False for a denoiser that gives no bottleneck",
+        )
+        if isinstance(denoiser, torch.nn.Module):
+            denoiser.requires_grad_(False)
+        self.denoiser, self.config, self.shape = denoiser, config, shape
+        self.distance, self.device = distance, device
+        self.times, self.solver = config.times(), make_solver(config.solver, **config.options)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.predictor = Predictor(
+                config.form,
+                getattr(denoiser, "bottleneck_size", (1, 1)),
+                config.scale_dir,
+                config.scale_time,
+                config.uses_bottleneck,
+            ).to(device)
+        self.optimizer = torch.optim.Adam(self.predictor.parameters(), config.learning_rate)
+        self.batches = -(-config.images // config.batch)
+        self.log: list[list[tuple[float, float, float]]] = []  # per batch and step: loss, r, its sd
+
+    def latents(self, batch: int) -> torch.Tensor:
+        """The batch-th batch of training latents."""
+        first = FIRST_TRAINING_SEED * (1 + self.config.seed) + batch * self.config.batch
+        return make_latents(range(first, first + self.config.batch), self.shape, self.device)
+
+    def losses(self, latents: torch.Tensor, labels=None):
+        """Yield, step by step, the loss of the batch (with its graph) and r.
+
+        The caller may update the predictor in between; the next step sees the update.
+        """
+        config = self.config
+        x = latents.to(torch.float64) * self.times[0]
+        with torch.no_grad():
+            targets, evaluations = _teach(self.denoiser, x, config, labels)
+        forward = config.gradient == "forward"
+        student_denoiser = _ForwardMode(self.denoiser, self.predictor) if forward else self.denoiser
+        seen = []
+
+        def intermediate(*args):
+            predict = student_denoiser.intermediate if forward else self.predictor
+            out = predict(*args)
+            seen[:] = [fwad.unpack_dual(out.r).primal.detach() if forward else out.r.detach()]
+            return out
+
+        student = Sampler(
+            student_denoiser, x, self.times, self.solver, config.afs, intermediate, labels
+        )
+        for n, target in enumerate(targets[1:]):
+            # Student and teacher are at the same point here: one evaluation serves both.
+            known = evaluations[n] if n == 0 or config.start == "teacher" else None
+            if config.start == "teacher":
+                student.x = targets[n]
+            if forward:
+                with fwad.dual_level():
+                    student.advance(known)
+                    student.x = fwad.unpack_dual(student.x).primal
+            else:
+                student.advance(known)
+            yield self.distance(student.x, target).mean(), seen[0]
+            student.detach()
+
+    def step(self) -> None:
+        """Train on the next batch: one update of the predictor per step of the student."""
+        rows = []
+        for loss, r in self.losses(self.latents(len(self.log))):
+            require(
+                bool(torch.isfinite(loss)),
+                f"the loss of batch {len(self.log)}, step {len(rows)},",
+                loss.item(),
+                "finite",
+            )
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            spread = r.std().item() if r.numel() > 1 else 0.0
+            rows.append((loss.item(), r.mean().item(), spread))
+        self.log.append(rows)
+
+    def save(self, path: Path) -> None:
+        """Write everything that is needed to go on from here."""
+        tensors = {f"predictor/{k}": v for k, v in self.predictor.state_dict().items()}
+        for i, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"adam/{i}/{name}": torch.as_tensor(v) for name, v in state.items()}
+        tensors["log"] = torch.tensor(self.log, dtype=torch.float64)
+        save_tensors(path, tensors, {"training": json.dumps(asdict(self.config))})
+
+    def resume(self, path: Path) -> None:
+        """Go on from what ``save`` wrote; a file of another training is refused."""
+        tensors, metadata = load_tensors(path)
+        require(
+            json.loads(metadata.get("training", "{}")) == asdict(self.config),
+            "the checkpoint",
+            str(path),
+            "one of the same training",
+        )
+        self.predictor.load_state_dict(_below("predictor/", tensors))
+        state = self.optimizer.state_dict()
+        state["state"] = {}
+        for name, value in _below("adam/", tensors).items():
+            index, key = name.split("/")
+            state["state"].setdefault(int(index), {})[key] = value
+        self.optimizer.load_state_dict(state)
+        self.log = tensors["log"].tolist()
+
+
+def _below(prefix, tensors):
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def train(
+    denoiser,
+    config: Training,
+    shape: tuple[int, int, int],
+    path: Path,
+    distance: Callable = squared_l2,
+    device="cpu",
+    progress: bool = True,
+) -> Predictor:
+    """Train a predictor, or load it if ``path`` holds it; an interrupted training goes on.
+
+    Every 20 batches the state is kept in ``path`` with the suffix ``.partial``. The result is a
+    safetensors file with the weights, the log [batches, N-1, 3] (loss, mean and standard deviation
+    of r over the batch) and the configuration. Arguments as in ``Trainer``.
+    """
+    path = Path(path)
+    if path.is_file():
+        return load_predictor(path, config)
+    trainer = Trainer(denoiser, config, shape, distance, device)
+    partial = path.with_suffix(".partial")
+    if partial.is_file():
+        trainer.resume(partial)
+    name = f"{config.solver}, {config.num_steps} points, seed {config.seed}"
+    with tqdm(
+        total=trainer.batches, initial=len(trainer.log), desc=name, disable=not progress
+    ) as bar:
+        while len(trainer.log) < trainer.batches:
+            trainer.step()
+            loss, r, _ = zip(*trainer.log[-1], strict=True)
+            bar.set_postfix_str(
+                f"loss {sum(loss):.3g}, r " + " ".join(f"{value:.2f}" for value in r)
+            )
+            bar.update()
+            if len(trainer.log) % 20 == 0:
+                trainer.save(partial)
+    save_predictor(path, trainer.predictor, config, trainer.log)
+    partial.unlink(missing_ok=True)
+    return trainer.predictor.eval()
+
+
+def save_predictor(path: Path, predictor: Predictor, config: Training, log: list) -> None:
+    """Write a trained predictor with its log and full configuration."""
+    tensors = {f"predictor/{k}": v for k, v in predictor.state_dict().items()}
+    tensors["log"] = torch.tensor(log, dtype=torch.float32)
+    metadata = {
+        "training": json.dumps(asdict(config)),
+        "bottleneck_size": json.dumps(predictor.bottleneck_size),
+    }
+    save_tensors(path, tensors, metadata)
+
+
+def load_predictor(path: Path, config: Training | None = None) -> Predictor:
+    """Read what ``save_predictor`` wrote; with ``config``, only if it was trained so.
+
+    Raises:
+        ValueError: the file is missing, damaged, or of another training.
+    """
+    tensors, metadata = load_tensors(path)
+    found = Training(**json.loads(metadata["training"]))
+    require(
+        config in (None, found), "the predictor", str(path), "of the training that is asked for"
+    )
+    predictor = Predictor(
+        found.form,
+        tuple(json.loads(metadata["bottleneck_size"])),
+        found.scale_dir,
+        found.scale_time,
+        found.uses_bottleneck,
+    )
+    predictor.load_state_dict(_below("predictor/", tensors))
+    return predictor.eval()

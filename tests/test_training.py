@@ -1,0 +1,185 @@
+"""Training of g_phi: gradients against each other and against finite differences; resumption."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from toys import TinyNet
+
+from amedlib.sampling import Sampler
+from amedlib.training import Trainer, Training, load_predictor, squared_l2, train
+
+SHAPE = (1, 8, 8)
+STUDENTS = [
+    ("amed", {}),
+    ("euler", {}),
+    ("dpm2", {}),
+    ("ipndm", {"order": 3}),
+    ("deis", {"order": 3, "mode": "rhoab"}),
+    ("dpmpp", {"order": 2, "thresholding": False}),
+    ("unipc", {"order": 2, "thresholding": False}),
+]
+
+
+def gradients(config, net):
+    """The predictor's gradient after each step of one batch, without updates."""
+    trainer = Trainer(net, config, SHAPE)
+    trainer.predictor.double()
+    result = []
+    for loss, _ in trainer.losses(trainer.latents(0)):
+        trainer.optimizer.zero_grad()
+        loss.backward()
+        result.append(
+            torch.cat(
+                [p.grad.flatten() for p in trainer.predictor.parameters() if p.grad is not None]
+            )
+        )
+    return result
+
+
+@pytest.mark.parametrize("solver, options", STUDENTS)
+@pytest.mark.parametrize("recipe", ["paper", "release"])
+def test_forward_mode_equals_reverse_mode(solver, options, recipe):
+    config = Training(
+        solver=solver,
+        options=options,
+        recipe=recipe,
+        scale_time=0.2 if recipe == "release" else 0.0,
+        num_steps=4,
+        batch=5,
+        images=5,
+    )
+    net = TinyNet()
+    reverse = gradients(config, net)
+    forward = gradients(replace(config, gradient="forward"), net)
+    assert len(reverse) == 3
+    for a, b in zip(reverse, forward, strict=True):
+        assert a.norm() > 0
+        assert (a - b).norm() / a.norm() < 1e-8
+
+
+def test_gradient_against_finite_differences():
+    config = Training(solver="ipndm", scale_time=0.2, num_steps=3, batch=4, images=4)
+    net = TinyNet()
+    trainer = Trainer(net, config, SHAPE)
+    trainer.predictor.double()
+    x = trainer.latents(0).double() * trainer.times[0]
+
+    def loss():
+        student = Sampler(net, x, trainer.times, trainer.solver, False, trainer.predictor)
+        student.advance()
+        return squared_l2(student.x, torch.zeros_like(x)).mean()
+
+    parameter = trainer.predictor.fc_r.bias
+    loss().backward()
+    exact = parameter.grad.item()
+    values = []
+    with torch.no_grad():
+        for h in (1e-5, -1e-5):
+            parameter += h
+            values.append(loss().item())
+            parameter -= h
+    assert exact == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-6)
+
+
+@pytest.mark.parametrize("afs", [False, True])
+@pytest.mark.parametrize("recipe", ["paper", "release"])
+def test_shared_evaluations_are_made_once(recipe, afs):
+    config = Training(recipe=recipe, afs=afs, num_steps=4, batch=2, images=2)
+    net = TinyNet()
+    trainer = Trainer(net, config, SHAPE)
+    list(trainer.losses(trainer.latents(0)))
+    teacher, student = 4 * 3, 2 * 3
+    shared = 3 if recipe == "release" else 1
+    assert net.images == 2 * (teacher + student - shared)
+
+
+def test_teacher_meets_the_students_times():
+    config = Training(schedule="time_uniform", num_steps=5, m=2)
+    torch.testing.assert_close(
+        config.teacher_times()[::3], config.times(), rtol=0, atol=0, check_dtype=True
+    )
+
+
+def test_recipes_differ_as_documented():
+    paper, release = Training(recipe="paper"), Training(recipe="release")
+    assert (paper.form, paper.start, paper.images) == ("paper", "student", 20_000)
+    assert (release.form, release.start, release.images) == ("release", "teacher", 10_000)
+    assert Training(solver="ipndm").start == "student"
+    assert Training(solver="ipndm").teacher == "ipndm"
+    assert Training(solver="amed").teacher == "heun"
+
+
+def test_training_brings_the_student_closer(tmp_path):
+    config = Training(solver="euler", images=1280, num_steps=3, recipe="paper")
+    trainer = Trainer(TinyNet(), config, SHAPE)
+    while len(trainer.log) < trainer.batches:
+        trainer.step()
+    first, last = trainer.log[0], trainer.log[-1]
+    assert all(after[0] < 0.95 * before[0] for before, after in zip(first, last, strict=True))
+
+
+def test_resumed_training_equals_an_undisturbed_one(tmp_path):
+    config = Training(images=640, batch=64, num_steps=3)
+    net = TinyNet()
+    straight = train(net, config, SHAPE, tmp_path / "straight.safetensors", progress=False)
+    trainer = Trainer(net, config, SHAPE)
+    for _ in range(4):
+        trainer.step()
+    trainer.save(tmp_path / "resumed.partial")
+    resumed = train(net, config, SHAPE, tmp_path / "resumed.safetensors", progress=False)
+    for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert not (tmp_path / "resumed.partial").exists()
+
+
+def test_a_checkpoint_of_another_training_is_refused(tmp_path):
+    trainer = Trainer(TinyNet(), Training(batch=4, images=8), SHAPE)
+    trainer.step()
+    trainer.save(tmp_path / "a.partial")
+    other = Trainer(TinyNet(), Training(batch=4, images=8, seed=1), SHAPE)
+    with pytest.raises(ValueError, match="same training"):
+        other.resume(tmp_path / "a.partial")
+
+
+def test_a_trained_predictor_survives_the_file(tmp_path):
+    config = Training(images=8, batch=4, scale_time=0.2)
+    path = tmp_path / "p.safetensors"
+    predictor = train(TinyNet(), config, SHAPE, path, progress=False)
+    again = load_predictor(path)
+    h = torch.randn(3, 5, 4, 4)
+    for a, b in zip(predictor(0, 10.0, 1.0, h), again(0, 10.0, 1.0, h), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="asked for"):
+        load_predictor(path, replace(config, seed=3))
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_predictor(path)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"recipe": "mine"}, "recipe must be one of 'paper', 'release'; 'mine' was given"),
+        ({"teacher": "amed"}, "teacher must be one of"),
+        ({"loss": "l3"}, "loss must be one of"),
+        ({"m": 0}, "m must be a whole number of at least 1; 0 was given"),
+        ({"images": -1}, "images must be"),
+        ({"seed": 1.5}, "seed must be"),
+        ({"solver": "ipndm", "options": {"order": 5}}, "order must be a whole number from 1 to 4"),
+        ({"sigma_min": 90.0}, "0 < sigma_min < sigma_max"),
+        ({"recipe": "paper", "scale_dir": 0.1}, "must be zero in the form"),
+    ],
+)
+def test_bad_configurations_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Training(**arguments)
+
+
+def test_a_nan_in_the_denoiser_stops_the_training():
+    def broken(x, t, labels=None):
+        return x * float("nan")
+
+    trainer = Trainer(broken, Training(uses_bottleneck=False, batch=2, images=2), SHAPE)
+    with pytest.raises(ValueError, match="loss of batch 0, step 0"):
+        trainer.step()

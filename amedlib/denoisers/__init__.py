@@ -1,0 +1,1 @@
+"""What is sampled from: callables ``denoiser(x, t, labels=None)`` that return D(x; t)."""

@@ -1,0 +1,44 @@
+# Each target sets up what it needs; the first one creates .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+
+.PHONY: help book test models reproduce lint bench clean
+
+help:  ## this list
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+book: $(INSTALLED)  ## run the notebooks and build the book: _build/html/index.html
+	$(BIN)/python book/build.py
+
+test: $(INSTALLED)  ## run the tests
+	$(BIN)/python -m pytest
+
+models: $(INSTALLED)  ## train the embedded models again, from nothing
+	$(BIN)/python data/models/train.py
+
+reproduce: $(INSTALLED)  ## compute every shipped result again and compare
+	$(BIN)/python -m amedlib.reproduce digits
+
+bench: $(INSTALLED)  ## measure speed and memory
+	$(BIN)/python -m benchmarks
+
+lint: $(INSTALLED)  ## check style, and that notebooks carry no outputs
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(if $(NOTEBOOKS),$(BIN)/nbstripout --verify $(NOTEBOOKS))
+
+clean:  ## remove what was built; .venv stays
+	rm -rf _build .pytest_cache .ruff_cache
+
+# Again only when the requirements changed. --no-compile: modules are compiled when first imported,
+# which saves compiling the many that never are.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else \
+	  f"amedlib needs Python 3.11 or newer; $(PYTHON) is {v[0]}.{v[1]}. Name another: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	@echo "Installing into .venv (about a minute)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
+	  --constraint constraints.txt --editable '.[book,dev]'
+	@touch $@

@@ -227,7 +227,7 @@ class DEIS(LinearMultistep):
 
 
 def dynamic_threshold(denoised: torch.Tensor, quantile: float = 0.995) -> torch.Tensor:
-    """Clip every image to its own bound s = max(1, quantile of |x|) and divide by s.
+    """Clip every image to its own bound ``s = max(1, quantile of |x|)`` and divide by s.
 
     As DPM-Solver++ uses it, meant for data in [-1, 1]; [B, C, H, W] in and out.
     """

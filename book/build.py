@@ -1,0 +1,132 @@
+"""Build the book: run the notebooks, render the pages, check what came out.
+
+``make book`` calls this. Everything is written below ``_build``: ``stage`` (the sources that are
+rendered, with the executed notebooks), ``logs`` (what each notebook printed) and ``html``.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import nbformat
+from ipykernel.kernelspec import install
+from sphinx_external_toc.parsing import parse_toc_yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "_build"
+STAGE = BUILD / "stage"
+HTML = BUILD / "html"
+CPUS = os.cpu_count() or 1
+WORKERS = min(2, CPUS)
+
+# What a browser fetches by itself when it opens a page, if the address leaves the book.
+REQUEST = re.compile(
+    r"""(?:<(?:script|img|iframe|embed|source|audio|video)\b[^>]*?\bsrc\s*=
+         |<link\b[^>]*?\bhref\s*=
+         |\burl\(|@import|\bfetch\(|\bimport\(|\.src\s*=)
+        \s*["'`]?((?:https?:)?//[^"'`)>\s]+)""",
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+def stage() -> None:
+    """Copy the sources into an empty tree with the layout of the repository.
+
+    The layout keeps relative links and launch addresses true; the emptiness keeps out everything
+    that merely lies about in a clone, such as the virtual environment.
+    """
+    for old in (STAGE, HTML, BUILD / "logs", BUILD / ".doctrees"):
+        shutil.rmtree(old, ignore_errors=True)
+    shutil.copytree(ROOT / "book", STAGE / "book", ignore=shutil.ignore_patterns("*.py*"))
+    for name in ("_config.yml", "_toc.yml"):
+        shutil.copy(ROOT / name, STAGE)
+    (STAGE / "notebooks").mkdir()
+
+
+def run_notebooks() -> bool:
+    """Execute all notebooks, two at a time; False if any failed."""
+    (BUILD / "logs").mkdir()
+    # A kernel that is this very interpreter: JUPYTER_PATH goes before a user's own "python3".
+    install(prefix=str(BUILD / "kernel"), kernel_name="python3")
+    with ThreadPoolExecutor(WORKERS) as pool:
+        return all(list(pool.map(run_notebook, sorted((ROOT / "notebooks").glob("*.ipynb")))))
+
+
+def run_notebook(notebook: Path) -> bool:
+    """Execute one notebook into the staged tree; what it prints goes to ``_build/logs``."""
+    target = STAGE / "notebooks" / notebook.name
+    log = BUILD / "logs" / f"{notebook.stem}.log"
+    env = {
+        "OMP_NUM_THREADS": str(CPUS // WORKERS),
+        **os.environ,
+        "JUPYTER_PATH": str(BUILD / "kernel/share/jupyter"),
+    }
+    # Relative paths, because papermill records them in the notebook and the book publishes that.
+    command = [sys.executable, "-m", "papermill", "--kernel", "python3", "--cwd", "notebooks"]
+    command += ["--no-progress-bar", "--log-output"]
+    command += [str(path.relative_to(ROOT)) for path in (notebook, target)]
+    print(f"{notebook.stem}: running", flush=True)
+    start = time.perf_counter()
+    with log.open("w") as out:
+        failed = subprocess.run(command, cwd=ROOT, env=env, stdout=out, stderr=out).returncode
+    seconds = time.perf_counter() - start
+    if failed:
+        print("\n".join(log.read_text().splitlines()[-40:]))
+        print(f"{notebook.stem}: failed after {seconds:.0f} s; executed copy: {target}", flush=True)
+        return False
+    fold_code(target)
+    print(f"{notebook.stem}: done in {seconds:.0f} s", flush=True)
+    return True
+
+
+def fold_code(path: Path) -> None:
+    """Tag the code cells of a notebook: a page shows results, and code on a click."""
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.metadata.setdefault("tags", []).append("hide-input")
+    nbformat.write(notebook, path)
+
+
+def render() -> bool:
+    """Run Jupyter Book on the staged tree; False if there was a single warning."""
+    jupyter_book = Path(sys.executable).with_name("jupyter-book")
+    command = [str(jupyter_book), "build", str(STAGE), "--path-output", str(ROOT)]
+    command += ["-W", "-n", "--keep-going", "--quiet"]
+    return subprocess.run(command, cwd=ROOT).returncode == 0
+
+
+def problems(html: Path, toc: Path) -> list[str]:
+    """Return what is wrong with a rendered book: missing pages, requests that leave it."""
+    found = [
+        f"{page}.html was not written"
+        for page in ["index", *parse_toc_yaml(toc)]
+        if not (html / f"{page}.html").is_file()
+    ]
+    for path in sorted(html.rglob("*")):
+        if path.suffix in {".html", ".css", ".js"}:
+            text = path.read_text(encoding="utf-8", errors="replace")
+            found += [f"{path.relative_to(html)} fetches {url}" for url in REQUEST.findall(text)]
+    return found
+
+
+def main() -> str | None:
+    """Build; return what went wrong, if anything did."""
+    stage()
+    if not run_notebooks():
+        return "A notebook failed: see above."
+    if not render():
+        return "The book has warnings or errors: see above."
+    if found := problems(HTML, ROOT / "_toc.yml"):
+        return "\n".join(found)
+    print(f"The book: {HTML / 'index.html'}")
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

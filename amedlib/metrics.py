@@ -31,14 +31,10 @@ class Moments:
         return cls(len(features), features.sum(0), features.T @ features)
 
     def __add__(self, other: "Moments") -> "Moments":
-        return Moments(
-            self.count + other.count, self.total + other.total, self.outer + other.outer
-        )
+        return Moments(self.count + other.count, self.total + other.total, self.outer + other.outer)
 
     def __sub__(self, other: "Moments") -> "Moments":
-        return Moments(
-            self.count - other.count, self.total - other.total, self.outer - other.outer
-        )
+        return Moments(self.count - other.count, self.total - other.total, self.outer - other.outer)
 
     @property
     def mean(self) -> np.ndarray:
@@ -60,8 +56,9 @@ def _symmetric_root(matrix):
 def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     """Squared Frechet distance of two Gaussians, as FID is defined (Heusel et al., 2017).
 
-    |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2). The trace is taken from the eigenvalues
-    of a symmetric matrix: no square root of a nonsymmetric product, so nothing complex arises.
+    ``|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2)``. The trace is taken from the
+    eigenvalues of a symmetric matrix: no square root of a nonsymmetric product, so nothing complex
+    arises.
 
     Args:
         mu1, mu2: means [d].

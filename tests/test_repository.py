@@ -1,0 +1,151 @@
+"""What the files around the library promise to one another and to the reader."""
+
+import importlib.util
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from sphinx_external_toc.parsing import parse_toc_yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
+
+
+def requirements(lines):
+    """Names and ranges of requirements, as a dict."""
+    parsed = [Requirement(line) for line in lines]
+    return {r.name.lower().replace("_", "-"): r.specifier for r in parsed}
+
+
+def test_conda_environment_asks_for_what_pyproject_asks_for():
+    asked = requirements([*PROJECT["dependencies"], *itertools.chain(*EXTRAS.values())])
+    asked["pytorch"] = asked.pop("torch")  # its name on conda-forge
+    asked["python"] = SpecifierSet(PROJECT["requires-python"])
+    lines = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    given = requirements(line for line in lines if isinstance(line, str) and line != "pip")
+    assert given == asked
+
+
+def test_constraints_are_exact_and_satisfy_pyproject():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    lines = [line for line in lines if not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
+    versions = {name: str(spec).removeprefix("==") for name, spec in requirements(lines).items()}
+    asked = requirements(PROJECT["dependencies"] + EXTRAS["book"] + EXTRAS["dev"])
+    assert asked.keys() <= versions.keys()
+    assert not {name: versions[name] for name in asked if versions[name] not in asked[name]}
+
+
+def test_every_page_and_notebook_is_in_the_contents_and_exists():
+    pages = set(parse_toc_yaml(ROOT / "_toc.yml"))
+    sources = [*NOTEBOOKS, *(ROOT / "book").glob("*.md")]
+    assert pages == {str(path.relative_to(ROOT).with_suffix("")) for path in sources}
+
+
+def test_every_module_is_in_the_library_reference():
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in (ROOT / "amedlib").rglob("*.py")
+        if not path.name.startswith("__")
+    }
+    listed = re.findall(r"automodule:: (\S+)", (ROOT / "book/api.md").read_text())
+    assert sorted(listed) == sorted(modules)
+
+
+def test_notebooks_are_thin_and_carry_no_outputs():
+    for path in NOTEBOOKS:
+        notebook = nbformat.read(path, as_version=4)
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        assert not any(cell.outputs or cell.execution_count for cell in code), path.name
+        assert any("parameters" in cell.metadata.get("tags", []) for cell in code), path.name
+        assert max(len(cell.source.splitlines()) for cell in code) <= 25, path.name
+        assert notebook.metadata.kernelspec.name == "python3", path.name
+
+
+def test_launch_addresses_lead_to_the_notebooks(tmp_path):
+    for path in NOTEBOOKS:
+        target = tmp_path / path.relative_to(ROOT)
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(path.read_text())
+    pages = [f"notebooks/{path.stem}" for path in NOTEBOOKS]
+    toc = {"format": "jb-book", "root": "index", "chapters": [{"file": page} for page in pages]}
+    (tmp_path / "_toc.yml").write_text(yaml.safe_dump(toc))
+    (tmp_path / "_config.yml").write_text((ROOT / "_config.yml").read_text())
+    (tmp_path / "index.md").write_text("# Index\n")
+    command = [str(Path(sys.executable).with_name("jupyter-book")), "build", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    colab, repository = CONFIG["launch_buttons"]["colab_url"], CONFIG["repository"]
+    base = f"{colab}/github/{repository['url'].removeprefix('https://github.com/')}/blob/main/"
+    for page in pages:
+        html = (tmp_path / f"_build/html/{page}.html").read_text()
+        addresses = set(re.findall(rf'href="({colab}[^"]*)"', html))
+        assert addresses == {f"{base}{page}.ipynb"}
+        assert (ROOT / addresses.pop().removeprefix(base)).is_file()
+
+
+def sources():
+    """All files of the repository, but not what was installed or built in the checkout."""
+    passed_over = {".git", ".venv", "_build", "__pycache__", "amedlib.egg-info"}
+    for folder, folders, names in os.walk(ROOT):
+        folders[:] = [f for f in folders if f not in passed_over and not f.endswith("_cache")]
+        yield from (Path(folder, name) for name in names)
+
+
+def test_no_file_names_a_path_of_one_machine():
+    machine = re.compile(r"(?<![\w.:/-])/(?:home|root|work|tmp|Users|mnt|farm)/\w")
+    found = []
+    for path in sources():
+        if path.suffix == ".ipynb" and path.parent != ROOT / "notebooks":
+            continue  # executed by somebody, with that somebody's paths
+        found += [
+            f"{path.relative_to(ROOT)}: {line.strip()[:100]}"
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
+            if machine.search(line)
+        ]
+    assert not found
+
+
+@pytest.fixture
+def build():
+    spec = importlib.util.spec_from_file_location("book_build", ROOT / "book/build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("page", "finding"),
+    [
+        ('<script src="_static/x.js"></script> <a href="https://a.org">link</a>', None),
+        ('<img src="figure.svg"> <link href="_static/x.css" rel="stylesheet">', None),
+        ('<script async="async" src="https://a.org/x.js"></script>', "https://a.org/x.js"),
+        ('<link rel="stylesheet" href="//a.org/x.css">', "//a.org/x.css"),
+        ('<img alt="a" src="http://a.org/x.png">', "http://a.org/x.png"),
+        ('<style>@import "https://a.org/x.css";</style>', "https://a.org/x.css"),
+        ("<style>i { background: url(https://a.org/x.woff) }</style>", "https://a.org/x.woff"),
+        ('<script>fetch("https://a.org/x.json")</script>', "https://a.org/x.json"),
+    ],
+)
+def test_a_page_that_leaves_the_book_is_found(build, tmp_path, page, finding):
+    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: index\n")
+    (tmp_path / "index.html").write_text(page)
+    expected = [f"index.html fetches {finding}"] if finding else []
+    assert build.problems(tmp_path, tmp_path / "_toc.yml") == expected
+
+
+def test_a_page_that_was_not_written_is_found(build, tmp_path):
+    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: index\nchapters:\n- file: a/b\n")
+    (tmp_path / "index.html").write_text("")
+    assert build.problems(tmp_path, tmp_path / "_toc.yml") == ["a/b.html was not written"]

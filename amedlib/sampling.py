@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from amedlib.checks import require
-from amedlib.intermediate import Intermediate
+from amedlib.intermediate import Intermediate, TimeWise
 from amedlib.solvers import Evaluation, Solver, TwoStage
 
 
@@ -27,7 +27,7 @@ class Sample:
 
 
 def make_latents(seeds: Iterable[int], shape: tuple[int, ...], device="cpu") -> torch.Tensor:
-    """Unit normal latents [len(seeds), *shape], float32; one generator per seed.
+    """Unit normal latents [N, C, H, W], float32, of N seeds; one generator per seed.
 
     So sample i is the same image in every batch and on every device.
     """
@@ -220,3 +220,33 @@ def sample(
     if trajectory:
         states.append(sampler.x)
     return Sample(sampler.x, torch.stack(states) if trajectory else None, sampler.nfe)
+
+
+def num_steps_for(nfe: int, solver: Solver, afs: bool = False, intermediate: bool = False) -> int:
+    """The number of time points with which a method makes ``nfe`` evaluations, found by counting.
+
+    Where two numbers do (UniPC on a very short schedule), the larger.
+
+    Args:
+        intermediate: whether an intermediate step is taken.
+
+    Raises:
+        ValueError: the method cannot have this NFE; the sentence says which it can have.
+    """
+    require(isinstance(nfe, int) and nfe >= 1, "nfe", nfe, "a whole number of at least 1")
+    middle = TimeWise(0.5) if intermediate else None
+    counted = {}
+    for points in range(2, nfe + 4):
+        times = torch.linspace(1.0, 0.5, points, dtype=torch.float64)
+        out = sample(
+            lambda x, t, labels=None: x, torch.ones(1, 1, 1, 1), times, solver, afs, middle
+        )
+        counted[out.nfe] = points
+    possible = ", ".join(str(n) for n in sorted(counted) if n > 0)
+    require(
+        nfe in counted,
+        "nfe",
+        nfe,
+        f"one that this method can have {'with' if afs else 'without'} AFS ({possible}, ...)",
+    )
+    return counted[nfe]

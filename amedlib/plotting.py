@@ -1,0 +1,238 @@
+"""Figures and tables. One colour and marker per method everywhere; colours tell apart without red
+against green (after Okabe and Ito, 2008). Figures are vector graphics on a transparent ground."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from IPython.display import Markdown, display
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
+from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+LOOKS = {
+    "DPM-Solver++(3M)": ("#56B4E9", "s"),
+    "UniPC": ("#009E73", "D"),
+    "iPNDM": ("#0072B2", "^"),
+    "DDIM": ("#888888", "o"),
+    "DPM-Solver-2": ("#E69F00", "v"),
+    "EDM": ("#8C5A32", "P"),
+    "AMED-Solver": ("#CC79A7", "*"),
+    "AMED-Plugin": ("#D55E00", "X"),
+}
+
+
+def use_style() -> None:
+    """Vector output and a quiet style; call it once in a notebook."""
+    set_matplotlib_formats("svg")
+    plt.rcParams.update(
+        {
+            "figure.facecolor": "none",
+            "axes.facecolor": "none",
+            "savefig.facecolor": "none",
+            "svg.fonttype": "none",
+            "font.family": "sans-serif",
+            "font.size": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.25,
+            "legend.frameon": False,
+            "lines.linewidth": 1.6,
+            "lines.markersize": 6,
+            "figure.constrained_layout.use": True,
+        }
+    )
+
+
+def look(method: str) -> dict:
+    """Colour and marker of a method, for ``plot``."""
+    colour, marker = LOOKS[method]
+    return {"color": colour, "marker": marker}
+
+
+def glue(**numbers) -> None:
+    """Hand numbers to the book's prose; without the book extra this does nothing."""
+    try:
+        from myst_nb import glue as to_book
+    except ImportError:
+        return
+    for name, value in numbers.items():
+        to_book(name, value, display=False)
+
+
+def caption(text: str) -> None:
+    """Show a caption below a figure or table."""
+    display(Markdown(f"*{text}*"))
+
+
+def _panels(n, width=4.4, height=3.6, **options):
+    return plt.subplots(1, n, figsize=(width * n, height), squeeze=False, **options)
+
+
+def _axis_of_nfe(axes, nfes):
+    axes.set_xlabel("network evaluations per sample (NFE)")
+    axes.xaxis.set_major_locator(FixedLocator(sorted(nfes)))
+
+
+def _log_scale(axes):
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def against_nfe(panels: dict[str, pd.DataFrame], ylabels, floors=None) -> Figure:
+    """A panel per frame: a quality against NFE for every method, with 95 % intervals.
+
+    Args:
+        panels: title to frame with columns method, nfe, value and, where known, half.
+        ylabels: label of each panel's y axis, with its unit.
+        floors: title to the value that a perfect sampler would have, drawn as a line.
+    """
+    figure, axes = _panels(len(panels))
+    for (title, frame), label, ax in zip(panels.items(), ylabels, axes[0], strict=True):
+        for method, rows in frame.groupby("method", sort=False):
+            rows = rows.sort_values("nfe")
+            bars = rows["half"] if "half" in rows else None
+            ax.errorbar(rows["nfe"], rows["value"], bars, capsize=2, label=method, **look(method))
+        if floors and title in floors:
+            ax.axhline(floors[title], color="#888888", linestyle=":", label="floor")
+        _log_scale(ax)
+        _axis_of_nfe(ax, frame["nfe"].unique())
+        ax.set(title=title, ylabel=label)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5)
+    return figure
+
+
+def with_interval(value: float, half: float) -> str:
+    """A number with its 95 % half width, to two digits of the latter: ``12.3 ± 1.2``."""
+    if not half > 0:
+        return f"{value:.4g}"
+    digits = max(0, 1 - int(np.floor(np.log10(half))))
+    return f"{value:.{digits}f} ± {half:.{digits}f}"
+
+
+def comparison_table(ours: pd.DataFrame, paper: pd.DataFrame | None = None, unit="FD"):
+    """Methods against NFE: ours with its 95 % interval, the paper's beside it where it has one.
+
+    Args:
+        ours: columns method, nfe, value, half.
+        paper: columns method, nfe, paper.
+        unit: what ours is called, in the heading.
+    """
+    cells, best = {}, []
+    for nfe, rows in ours.groupby("nfe"):
+        rows = rows.set_index("method")
+        key = (f"NFE {nfe}", unit)
+        cells[key] = {m: with_interval(r["value"], r["half"]) for m, r in rows.iterrows()}
+        best.append((rows["value"].idxmin(), key))
+        if paper is not None:
+            values = paper[paper["nfe"] == nfe].set_index("method")["paper"]
+            cells[f"NFE {nfe}", "paper"] = {
+                m: f"{values[m]:.4g}" for m in rows.index if m in values
+            }
+    frame = pd.DataFrame(cells).reindex(ours["method"].unique()).fillna("–")
+    frame.index.name = None
+    bold = pd.DataFrame("", frame.index, frame.columns)
+    for method, key in best:
+        bold.loc[method, key] = "font-weight: bold"
+    return frame.style.apply(lambda _: bold, axis=None)
+
+
+MARKS = {"holds": "✓ holds", "does not hold": "✗ does not hold", "undecided": "? undecided"}
+
+
+def verdict_table(judged: pd.DataFrame):
+    """Claims with the difference that tests them: rows comparisons, columns NFE."""
+    rows = judged.assign(
+        cell=[
+            f"{MARKS[r.verdict]}<br>{with_interval(r.difference, (r.high - r.low) / 2)}"
+            for r in judged.itertuples()
+        ],
+        comparison=judged["better"] + " − " + judged["worse"],
+        nfe="NFE " + judged["nfe"].astype(str),
+    )
+    frame = rows.pivot_table(
+        index=["sentence", "comparison"], columns="nfe", values="cell", aggfunc="first", sort=False
+    ).fillna("–")
+    frame.index.names = [None, None]
+    frame.columns.name = None
+    return frame.style
+
+
+def trajectory_pca(curves: dict) -> Figure:
+    """Figure 4: relative projection error along t, and cumulative variance of the components."""
+    figure, axes = _panels(2)
+    left, right = axes[0]
+    t, error = np.array(curves["t"]), 100 * np.array(curves["relative_error"])
+    spread = 100 * np.array(curves["relative_error_sd"])
+    left.plot(t, error, color="#0072B2")
+    left.fill_between(t, error - spread, error + spread, color="#0072B2", alpha=0.2, linewidth=0)
+    left.axhline(8, color="#D55E00", linestyle="--", label="the paper's bound, 8 %")
+    left.set_xscale("log")
+    left.invert_xaxis()
+    left.set(xlabel="time t (noise level)", ylabel="relative projection error (%)", ylim=(0, None))
+    left.legend()
+    share = 100 * np.array(curves["cumulative_variance"])
+    right.plot(np.arange(1, len(share) + 1), share, "o-", color="#0072B2")
+    right.set(xlabel="number of principal components", ylabel="cumulative variance (%)")
+    return figure
+
+
+def alignment(curves: dict[str, dict]) -> Figure:
+    """Figure 5: relative alignment at every step (left), and the searched r_n (right)."""
+    figure, axes = _panels(2)
+    left, right = axes[0]
+    for method, found in curves.items():
+        steps = np.arange(1, len(found["r"]) + 1)
+        gain = np.array(found["baseline"]) - np.array(found["searched"])
+        left.plot(steps, gain, label=method, **look(method))
+        right.plot(steps, found["r"], **look(method))
+    left.axhline(0, color="#888888", linewidth=1)
+    left.set_yscale("symlog", linthresh=0.01)
+    left.set(ylabel="relative alignment (norm of the state)")
+    right.axhline(0.5, color="#888888", linestyle="--", linewidth=1)
+    right.set(ylabel="searched r", ylim=(0, 1))
+    for ax in (left, right):
+        ax.set_xlabel("step")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(loc="outside lower center", ncols=5)
+    return figure
+
+
+def learned_r(panels: dict[str, dict[int, list[dict]]]) -> Figure:
+    """Figure 7: r_n of every step, a panel per predictor and a line per NFE.
+
+    Args:
+        panels: title to {nfe: curves of each training seed}. The line is the mean over seeds, the
+            bar their range, the band one standard deviation over samples.
+    """
+    figure, axes = _panels(len(panels), sharey=True)
+    shades = ["#56B4E9", "#0072B2", "#CC79A7", "#D55E00"]
+    for (title, lines), ax in zip(panels.items(), axes[0], strict=True):
+        for (nfe, seeds), colour in zip(lines.items(), shades, strict=False):
+            r = np.array([curves["r"] for curves in seeds])
+            spread = np.mean([curves["r_sd"] for curves in seeds], axis=0)
+            steps, mean = np.arange(1, r.shape[1] + 1), r.mean(0)
+            bars = [mean - r.min(0), r.max(0) - mean]
+            ax.errorbar(steps, mean, bars, color=colour, marker="o", capsize=2, label=f"NFE {nfe}")
+            ax.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.2)
+        ax.axhline(0.5, color="#888888", linestyle="--", label="DPM-Solver-2")
+        ax.set(title=title, xlabel="step", ylabel="r", ylim=(0, 1))
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5)
+    return figure
+
+
+def local_errors(curves: dict[str, dict]) -> Figure:
+    """Table 1, measured: error of one step from the solution, for every step."""
+    figure, axes = _panels(1, width=6)
+    ax = axes[0][0]
+    for method, found in curves.items():
+        ax.plot(np.arange(1, len(found["rms"]) + 1), found["rms"], label=method, **look(method))
+    ax.set_yscale("log")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.set(xlabel="step", ylabel="local error (root mean square norm of the state)")
+    figure.legend(loc="outside lower center", ncols=4)
+    return figure

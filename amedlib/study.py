@@ -1,0 +1,798 @@
+"""A number is a Result: what determines it (Run), how it is computed, where it is kept.
+
+``run`` returns one Result, from the store or computed; ``run_all`` does so for many, in this
+process or through any ``concurrent.futures`` executor, and returns a pandas frame. A finished
+result is one JSON file, named by a hash of its Run, and is never computed twice.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, as_completed
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+from tqdm.auto import tqdm
+
+from amedlib import geometry
+from amedlib.checks import one_of, require
+from amedlib.datasets import DATA, Dataset, load_dataset
+from amedlib.files import load_tensors, save_tensors, write_atomically
+from amedlib.intermediate import TimeWise
+from amedlib.metrics import Moments, jackknife_error, leave_one_out, moments_distance
+from amedlib.sampling import make_latents, num_steps_for, sample
+from amedlib.schedules import make_schedule
+from amedlib.solvers import TwoStage, make_solver
+from amedlib.training import Training, train
+
+RESULTS = DATA / "results"
+BLOCKS = 10  # disjoint blocks of samples, for the jackknife
+
+
+# --- Run and Result -----------------------------------------------------------------------------
+
+# The fields of Training that a Run states itself.
+_SHARED = ("solver", "options", "schedule", "rho", "num_steps", "sigma_min", "sigma_max", "afs")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that determines a number.
+
+    Attributes:
+        metric: what is measured; names a procedure, see ``PROCEDURES``.
+        dataset: a name that ``load_dataset`` knows.
+        solver, options: as in ``make_solver``.
+        schedule, rho, sigma_min, sigma_max: as in ``make_schedule``.
+        nfe: network evaluations per sample; the number of time points follows from it.
+        afs: analytical first step.
+        r: intermediate of fixed location: a number, or one per step.
+        predictor: learned intermediate: fields of ``Training`` that are not stated here; completed
+            with what its recipe says, so that the Run names every one of them.
+        samples: number of samples.
+        first_seed: sample i is drawn from seed ``first_seed + i``.
+        version: of the procedure; raised by hand when its meaning changes.
+
+    Raises:
+        ValueError: a field is outside its range, or the method cannot have this NFE.
+    """
+
+    metric: str = "fd"
+    dataset: str = "digits"
+    solver: str = "euler"
+    options: dict = field(default_factory=dict)
+    schedule: str = "polynomial"
+    rho: float | None = None
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    nfe: int = 5
+    afs: bool = False
+    r: float | tuple[float, ...] | None = None
+    predictor: dict | None = None
+    samples: int = 5000
+    first_seed: int = 0
+    version: int | None = None
+
+    def __post_init__(self):
+        one_of("metric", self.metric, PROCEDURES)
+        if self.version is None:
+            object.__setattr__(self, "version", PROCEDURES[self.metric].version)
+        for name, low in (("samples", 2 * BLOCKS), ("first_seed", 0)):
+            value = getattr(self, name)
+            require(
+                isinstance(value, int) and value >= low,
+                name,
+                value,
+                f"a whole number of at least {low}",
+            )
+        require(
+            self.r is None or self.predictor is None,
+            "r and predictor",
+            (self.r, self.predictor),
+            "given one at a time",
+        )
+        if isinstance(self.r, list):
+            object.__setattr__(self, "r", tuple(self.r))
+        if self.r is not None:
+            TimeWise(self.r).check(self.num_steps - 1)
+        if self.predictor is not None:
+            known = [f.name for f in fields(Training) if f.name not in _SHARED]
+            for name in self.predictor:
+                one_of("a field of predictor", name, known)
+            full = asdict(self.training)
+            object.__setattr__(self, "predictor", {name: full[name] for name in known})
+        self.times()
+
+    @property
+    def num_steps(self) -> int:
+        """Number of time points, from the NFE."""
+        solver = make_solver(self.solver, **self.options)
+        middle = self.r is not None or self.predictor is not None
+        if isinstance(solver, TwoStage) and solver.r is None:
+            require(
+                middle, "r and predictor", None, f"given, one of them, for solver {self.solver!r}"
+            )
+        return num_steps_for(self.nfe, solver, self.afs, middle)
+
+    @property
+    def training(self) -> Training:
+        """The training of the predictor."""
+        shared = {name: getattr(self, name) for name in _SHARED}
+        return Training(**shared, **self.predictor)
+
+    def times(self) -> torch.Tensor:
+        """The time points [N]."""
+        return make_schedule(
+            self.schedule, self.num_steps, self.sigma_min, self.sigma_max, self.rho
+        )
+
+    @property
+    def key(self) -> str:
+        """A hash of all fields."""
+        return _hash(asdict(self))
+
+    def with_metric(self, metric: str) -> "Run":
+        """The same, measured otherwise."""
+        return Run(**(asdict(self) | {"metric": metric, "version": None}))
+
+
+def _hash(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A measured number and where it comes from.
+
+    Attributes:
+        run: what was asked for.
+        value: the number.
+        replicates: its values with one of the disjoint blocks of samples left out in turn; empty
+            where the procedure has no sampling error.
+        curves: what belongs to the number and is more than one number, as named lists.
+        nfe: evaluations per sample, counted.
+        seconds: wall time of the procedure, without training.
+        device, versions, fingerprint, created: where, with what, by which code and weights, when.
+    """
+
+    run: Run
+    value: float
+    replicates: list[float]
+    curves: dict[str, list]
+    nfe: int
+    seconds: float
+    device: str
+    versions: dict[str, str]
+    fingerprint: str
+    created: str
+
+    @property
+    def error(self) -> float:
+        """Standard error of the value from sampling (block jackknife); 0 without replicates."""
+        return jackknife_error(self.replicates) if self.replicates else 0.0
+
+
+# --- the store ----------------------------------------------------------------------------------
+
+
+def _folder(results_dir, run: Run) -> Path:
+    return Path(results_dir) / run.dataset
+
+
+def result_path(run: Run, results_dir=RESULTS) -> Path:
+    """Where the result of a Run is kept."""
+    return _folder(results_dir, run) / f"{run.metric}-{run.key}.json"
+
+
+def predictor_path(run: Run, results_dir=RESULTS) -> Path:
+    """Where the predictor of a Run is kept; Runs of one training share it."""
+    return _folder(results_dir, run) / "predictors" / f"{_hash(asdict(run.training))}.safetensors"
+
+
+def load_result(run: Run, results_dir=RESULTS) -> Result | None:
+    """The stored result, or ``None``. A file that cannot be read is set aside with a warning."""
+    path = result_path(run, results_dir)
+    try:
+        content = json.loads(path.read_bytes())
+        content["run"] = Run(**content["run"])
+        result = Result(**content)
+        if result.run != run or not np.isfinite(result.value):
+            raise ValueError("it holds the result of another run, or no number")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        aside = path.with_suffix(".corrupt")
+        os.replace(path, aside)
+        warnings.warn(
+            f"The result file {path} cannot be used ({error}); it was set aside as {aside.name} "
+            "and is computed again.",
+            stacklevel=2,
+        )
+        return None
+    return result
+
+
+def save_result(result: Result, results_dir=RESULTS) -> None:
+    """Write a result atomically."""
+    text = json.dumps(asdict(result), indent=1, allow_nan=False)
+    write_atomically(result_path(result.run, results_dir), text.encode())
+
+
+def check_writable(results_dir) -> None:
+    """Raise ``ValueError`` unless files can be made in ``results_dir``."""
+    try:
+        Path(results_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=results_dir):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"results_dir must be a folder that can be written; {str(results_dir)!r} was given "
+            f"({error.strerror})."
+        ) from error
+
+
+# --- what is the same for all results of a process -----------------------------------------------
+
+
+@lru_cache
+def code_fingerprint() -> str:
+    """A hash of the library's source."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@lru_cache
+def _versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("torch", "numpy", "scipy")}
+    return {"python": platform.python_version()} | packages
+
+
+@lru_cache
+def _device_name(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
+    return f"{model or platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
+
+
+# --- procedures ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a procedure returns for one metric; see ``Result``."""
+
+    value: float
+    replicates: list[float] = field(default_factory=list)
+    curves: dict[str, list] = field(default_factory=dict)
+    nfe: int = 0
+
+
+@dataclass(frozen=True)
+class Procedure:
+    """How metrics are measured: ``compute(run, context)`` returns a ``Measured`` for each."""
+
+    compute: Callable[["Run", "Context"], dict[str, Measured]]
+    version: int
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a procedure works."""
+
+    data: Dataset
+    results_dir: Path
+    device: str
+    progress: bool
+
+    def latents(self, seeds) -> torch.Tensor:
+        return make_latents(seeds, self.data.shape, self.device)
+
+    def intermediate(self, run: Run):
+        """What a Run says of the intermediate; trains the predictor if nobody has."""
+        if run.r is not None:
+            return TimeWise(run.r)
+        if run.predictor is None:
+            return None
+        training = run.training
+        return train(
+            self.data.denoiser,
+            training,
+            self.data.shape,
+            predictor_path(run, self.results_dir),
+            self.data.distances(training.loss),
+            self.device,
+            self.progress,
+        ).to(self.device)
+
+
+def _blocks(run: Run) -> list[torch.Tensor]:
+    """The seeds of a Run in equal blocks."""
+    seeds = torch.arange(run.first_seed, run.first_seed + run.samples)
+    return list(torch.tensor_split(seeds, BLOCKS))
+
+
+def _by_block(run: Run, context: Context, measure, path: Path | None = None) -> list[dict]:
+    """``measure(seeds) -> {name: Moments}`` over all samples, batch by batch, added up per block.
+
+    With ``path``, finished blocks are kept there, and a killed run goes on from them.
+    """
+    done = _load_blocks(path) if path else []
+    seeds_of = _blocks(run)
+    label = f"{run.dataset}, {run.solver}, NFE {run.nfe}"
+    with tqdm(total=run.samples, desc=label, leave=False, disable=not context.progress) as bar:
+        bar.update(sum(len(seeds) for seeds in seeds_of[: len(done)]))
+        for seeds in seeds_of[len(done) :]:
+            block = {}
+            for part in torch.split(seeds, context.data.batch):
+                for name, moments in measure(part.tolist()).items():
+                    block[name] = block[name] + moments if name in block else moments
+                bar.update(len(part))
+            done.append(block)
+            if path:
+                _save_blocks(path, done)
+    return done
+
+
+def _save_blocks(path, blocks):
+    tensors = {
+        f"{i}/{name}/{part}": torch.as_tensor(getattr(moments, part))
+        for i, block in enumerate(blocks)
+        for name, moments in block.items()
+        for part in ("count", "total", "outer")
+    }
+    save_tensors(path, tensors, {})
+
+
+def _load_blocks(path) -> list[dict]:
+    if not path.is_file():
+        return []
+    tensors, _ = load_tensors(path)
+    blocks: dict[int, dict] = {}
+    for name in (name for name in tensors if name.endswith("/count")):
+        index, metric, _ = name.split("/")
+        total, outer = (tensors[f"{index}/{metric}/{part}"].numpy() for part in ("total", "outer"))
+        blocks.setdefault(int(index), {})[metric] = Moments(int(tensors[name]), total, outer)
+    return [blocks[i] for i in range(len(blocks))]
+
+
+def _root_mean_square(moments: Moments) -> float:
+    return float(np.sqrt(np.trace(moments.outer) / moments.count))
+
+
+def quality(run: Run, context: Context) -> dict[str, Measured]:
+    """FD of features, FD of raw pixels and endpoint error, all from one set of samples."""
+    data, nfe = context.data, run.nfe
+    solver, times = make_solver(run.solver, **run.options), run.times()
+    intermediate = context.intermediate(run)
+    solution = accurate_endpoints(run, context)
+
+    def measure(seeds):
+        nonlocal nfe
+        out = sample(data.denoiser, context.latents(seeds), times, solver, run.afs, intermediate)
+        require(bool(torch.isfinite(out.x).all()), "samples", "NaN or inf", "finite")
+        nfe = out.nfe
+        images = data.to_images(out.x)
+        rows = [seed - run.first_seed for seed in seeds]
+        distances = geometry.distance(out.x.cpu(), solution[rows])
+        return {
+            "fd": Moments.of(data.features(images).cpu()),
+            "fd_pixels": Moments.of(images.flatten(1).cpu()),
+            "endpoint_error": Moments.of(distances[:, None]),
+        }
+
+    partial = result_path(run, context.results_dir).with_suffix(".partial")
+    blocks = _by_block(run, context, measure, partial)
+    measured = {}
+    for metric in ("fd", "fd_pixels", "endpoint_error"):
+        reference = data.reference.get(metric)
+
+        def statistic(moments, reference=reference):
+            if reference is None:
+                return _root_mean_square(moments)
+            return moments_distance(moments, reference)
+
+        value, replicates = leave_one_out([block[metric] for block in blocks], statistic)
+        measured[metric] = Measured(value, replicates, nfe=nfe)
+    partial.unlink(missing_ok=True)
+    return measured
+
+
+# The ODE's own solution. `endpoint_accuracy` measures how far it moves with half the steps.
+SOLUTION = {"solver": "dpmpp", "options": {"order": 3, "thresholding": False}, "num_steps": 201}
+
+
+def _solve(run: Run, context: Context, seeds, points: int) -> torch.Tensor:
+    times = make_schedule("logsnr", points, run.sigma_min, run.sigma_max)
+    solver = make_solver(SOLUTION["solver"], **SOLUTION["options"])
+    return sample(context.data.denoiser, context.latents(seeds), times, solver).x
+
+
+def accurate_endpoints(run: Run, context: Context) -> torch.Tensor:
+    """The ODE's solution at sigma_min from a Run's latents, [samples, C, H, W], float64.
+
+    Made once per latent set and kept, in single precision, beside the results.
+    """
+    what = [SOLUTION, run.sigma_min, run.sigma_max, run.first_seed, run.samples]
+    folder = _folder(context.results_dir, run) / "endpoints"
+    path = folder / f"{_hash(what)}.safetensors"
+    if not path.is_file():
+        parts = []
+        seeds = torch.cat(_blocks(run)).split(context.data.batch)
+        for part in tqdm(seeds, desc="the ODE's solution", disable=not context.progress):
+            parts.append(_solve(run, context, part.tolist(), SOLUTION["num_steps"]).float().cpu())
+        save_tensors(path, {"x": torch.cat(parts)}, {"what": json.dumps(what)})
+    return load_tensors(path)[0]["x"].double()
+
+
+def endpoint_accuracy(run: Run, context: Context) -> dict[str, Measured]:
+    """Root mean square distance of the accurate endpoints to those with half the steps."""
+    fine, coarse = SOLUTION["num_steps"], SOLUTION["num_steps"] // 2 + 1
+
+    def measure(seeds):
+        x, y = (_solve(run, context, seeds, points) for points in (fine, coarse))
+        return {"distance": Moments.of(geometry.distance(x, y).cpu()[:, None])}
+
+    blocks = _by_block(run, context, measure)
+    value, replicates = leave_one_out([b["distance"] for b in blocks], _root_mean_square)
+    return {"endpoint_accuracy": Measured(value, replicates, nfe=fine - 1)}
+
+
+def floor(run: Run, context: Context) -> dict[str, Measured]:
+    """Distance of a random half of the real reference images to the other half, over 20 splits."""
+    images = context.data.real_images
+    n = len(images) // 2
+    features = {"fd": context.data.features(images), "fd_pixels": images.flatten(1)}
+    measured = {}
+    for metric, rows in features.items():
+        values = []
+        for split in range(20):
+            order = torch.randperm(
+                len(images), generator=torch.Generator().manual_seed(run.first_seed + split)
+            )
+            a, b = (Moments.of(rows[part].cpu()) for part in (order[:n], order[n : 2 * n]))
+            values.append(moments_distance(a, b))
+        curves = {"splits": values, "images per half": [n]}
+        measured[f"floor_{metric}"] = Measured(float(np.mean(values)), curves=curves)
+    return measured
+
+
+def _curve_blocks(blocks, name, statistic):
+    """Value and replicates of a statistic of the mean of a vector."""
+    return leave_one_out([b[name] for b in blocks], lambda m: float(statistic(m.mean)))
+
+
+def trajectory_pca(run: Run, context: Context) -> dict[str, Measured]:
+    """Figure 4: the largest relative projection error along t, in the mean over trajectories."""
+    solver, times = make_solver(run.solver, **run.options), run.times()
+    nfe = run.nfe
+
+    def measure(seeds):
+        nonlocal nfe
+        out = sample(
+            context.data.denoiser, context.latents(seeds), times, solver, run.afs, trajectory=True
+        )
+        nfe = out.nfe
+        pca = geometry.trajectory_pca(out.trajectory)
+        return {name: Moments.of(rows.T.cpu()) for name, rows in pca._asdict().items()}
+
+    blocks = _by_block(run, context, measure)
+    value, replicates = _curve_blocks(blocks, "relative_error", np.max)
+    curves = {"t": times.tolist()}
+    for name in blocks[0]:
+        whole = _sum(b[name] for b in blocks)
+        curves[name] = whole.mean.tolist()
+        curves[f"{name}_sd"] = np.sqrt(np.diag(whole.covariance).clip(0)).tolist()
+    return {"trajectory_pca": Measured(value, replicates, curves, nfe)}
+
+
+def _sum(values):
+    first, *rest = values
+    return sum(rest, start=first)
+
+
+def _truth(run: Run, context: Context, latents) -> torch.Tensor:
+    """The paper's ground truth at the Run's times: Heun with 80 NFE (Sec. 3.3)."""
+    every = -(-40 // (run.num_steps - 1))
+    refined = make_schedule(
+        run.schedule, every * (run.num_steps - 1) + 1, run.sigma_min, run.sigma_max, run.rho
+    )
+    return geometry.accurate_solution(
+        context.data.denoiser, latents, run.times(), refined, batch=context.data.batch
+    )
+
+
+# The grid of Table 3: 0.02 to 0.98.
+GRID = tuple(round(0.02 * i, 2) for i in range(1, 50))
+
+
+def grid_search(run: Run, context: Context) -> dict[str, Measured]:
+    """Figure 5: relative alignment with the best r of a grid, in the mean over the steps."""
+    latents = context.latents(torch.cat(_blocks(run)).tolist())
+    found = geometry.grid_search(
+        context.data.denoiser,
+        latents,
+        run.times(),
+        make_solver(run.solver, **run.options),
+        _truth(run, context, latents),
+        GRID,
+        run.afs,
+    )
+    curves = {name: values.tolist() for name, values in found._asdict().items()}
+    curves |= {"t": run.times().tolist(), "grid": list(GRID)}
+    value = float((found.baseline - found.searched).mean())
+    return {"grid_search": Measured(value, curves=curves, nfe=run.nfe)}
+
+
+def local_error(run: Run, context: Context) -> dict[str, Measured]:
+    """Table 1: root mean square error of one step from the solution, in the mean over the steps."""
+    solver, intermediate = make_solver(run.solver, **run.options), context.intermediate(run)
+    times = run.times()
+
+    def measure(seeds):
+        truth = _truth(run, context, context.latents(seeds))
+        errors = geometry.local_errors(context.data.denoiser, truth, times, solver, intermediate)
+        # Mean squares add up over batches; errors are already root mean squares of this one.
+        return {"square": Moments(len(seeds), len(seeds) * errors.square().numpy(), np.zeros(()))}
+
+    blocks = _by_block(run, context, measure)
+    value, replicates = _curve_blocks(blocks, "square", lambda square: np.sqrt(square).mean())
+    whole = _sum(b["square"] for b in blocks)
+    curves = {"t": times.tolist(), "rms": np.sqrt(whole.mean).tolist()}
+    return {"local_error": Measured(value, replicates, curves, run.nfe)}
+
+
+def learned_r(run: Run, context: Context) -> dict[str, Measured]:
+    """Figure 7: the largest r_n over the steps, in the mean over samples; r of every step."""
+    predictor, solver = context.intermediate(run), make_solver(run.solver, **run.options)
+
+    def measure(seeds):
+        rows = []
+
+        def listen(*args):
+            out = predictor(*args)
+            rows.append(out.r.detach().reshape(-1).expand(len(seeds)))
+            return out
+
+        listen.uses_bottleneck = predictor.uses_bottleneck
+        sample(context.data.denoiser, context.latents(seeds), run.times(), solver, run.afs, listen)
+        return {"r": Moments.of(torch.stack(rows, dim=1).cpu())}
+
+    blocks = _by_block(run, context, measure)
+    value, replicates = _curve_blocks(blocks, "r", np.max)
+    whole = _sum(b["r"] for b in blocks)
+    curves = {
+        "t": run.times().tolist(),
+        "r": whole.mean.tolist(),
+        "r_sd": np.sqrt(np.diag(whole.covariance).clip(0)).tolist(),
+    }
+    return {"learned_r": Measured(value, replicates, curves, run.nfe)}
+
+
+PROCEDURES = {
+    "fd": Procedure(quality, version=1),
+    "fd_pixels": Procedure(quality, version=1),
+    "endpoint_error": Procedure(quality, version=1),
+    "endpoint_accuracy": Procedure(endpoint_accuracy, version=1),
+    "floor_fd": Procedure(floor, version=1),
+    "floor_fd_pixels": Procedure(floor, version=1),
+    "trajectory_pca": Procedure(trajectory_pca, version=1),
+    "grid_search": Procedure(grid_search, version=1),
+    "local_error": Procedure(local_error, version=1),
+    "learned_r": Procedure(learned_r, version=1),
+}
+
+
+# --- running ------------------------------------------------------------------------------------
+
+
+def compute(run: Run, results_dir=RESULTS, device="cpu", progress=True) -> list[Result]:
+    """Compute a Run, whatever the store holds; also what comes with it at no cost."""
+    data = load_dataset(run.dataset, device)
+    context = Context(data, Path(results_dir), device, progress)
+    start = time.perf_counter()
+    if run.predictor is not None:  # its training is not part of the Run's seconds
+        context.intermediate(run)
+        start = time.perf_counter()
+    measured = PROCEDURES[run.metric].compute(run, context)
+    seconds = time.perf_counter() - start
+    return [
+        Result(
+            run.with_metric(metric),
+            **asdict(value),
+            seconds=round(seconds, 3),
+            device=_device_name(device),
+            versions=_versions(),
+            fingerprint=f"code {code_fingerprint()}, weights {data.fingerprint}",
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        for metric, value in measured.items()
+    ]
+
+
+def run(what: Run, results_dir=RESULTS, device="cpu", progress=True) -> Result:
+    """One number: from the store, or computed and stored.
+
+    Raises:
+        ValueError: ``results_dir`` cannot be written, or the data set's files cannot be used.
+    """
+    stored = load_result(what, results_dir)
+    if stored is not None:
+        return stored
+    check_writable(results_dir)
+    found = {}
+    for result in compute(what, results_dir, device, progress):
+        save_result(result, results_dir)
+        found[result.run.metric] = result
+    return found[what.metric]
+
+
+def _run_in_worker(what, results_dir, device):
+    torch.set_num_threads(1)
+    return run(what, results_dir, device, progress=False)
+
+
+def run_all(
+    runs: Sequence[Run],
+    results_dir=RESULTS,
+    device="cpu",
+    executor: Executor | None = None,
+    progress=True,
+) -> pd.DataFrame:
+    """Many numbers: a row per Run, in the given order, with all fields and the Result itself.
+
+    What is missing from the store is computed, in this process or, with ``executor``, wherever it
+    runs its tasks. A failure is raised after all other Runs have finished.
+    """
+    runs = list(runs)
+    results = {what.key: load_result(what, results_dir) for what in runs}
+    missing = {what.key: what for what in runs if results[what.key] is None}
+    if missing:
+        check_writable(results_dir)
+    # Runs that differ in the metric only are computed together, so one of them goes first.
+    groups: dict[str, list[Run]] = {}
+    for what in missing.values():
+        groups.setdefault(what.with_metric(_leader(what.metric)).key, []).append(what)
+    failures = []
+    with tqdm(total=len(missing), desc="runs", disable=not progress or not missing) as bar:
+        if executor is None:
+            outcomes = ((group, None) for group in groups.values())
+        else:
+            futures = {
+                executor.submit(_run_in_worker, group[0], results_dir, device): group
+                for group in groups.values()
+            }
+            outcomes = ((futures[future], future) for future in as_completed(futures))
+        for group, future in outcomes:
+            try:
+                if future is not None:
+                    future.result()
+                for what in group:
+                    results[what.key] = run(what, results_dir, device, progress)
+            except Exception as error:
+                failures.append((group[0], error))
+            bar.update(len(group))
+    if failures:
+        what, error = failures[0]
+        raise RuntimeError(
+            f"{len(failures)} of {len(groups)} computations failed; the first was {what}: {error}"
+        ) from error
+    return pd.DataFrame([_row(results[what.key]) for what in runs])
+
+
+def _leader(metric: str) -> str:
+    """The first metric that the same procedure measures."""
+    procedure = PROCEDURES[metric].compute
+    return next(name for name, p in PROCEDURES.items() if p.compute is procedure)
+
+
+def _row(result: Result) -> dict:
+    row = asdict(result.run)
+    row["seed"] = (row["predictor"] or {}).get("seed")
+    low, high = estimate([result]).interval
+    return row | {
+        "value": result.value,
+        "low": low,
+        "high": high,
+        "seconds": result.seconds,
+        "nfe_counted": result.nfe,
+        "result": result,
+    }
+
+
+# --- uncertainty --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over training seeds, with its two sources of uncertainty kept apart.
+
+    Attributes:
+        value: the mean.
+        sampling_error: standard error from the finite number of samples (block jackknife).
+        training_error: standard error from the finite number of trained predictors; ``None`` where
+            nothing was trained, NaN where there is one seed only and it is not known.
+        seeds: number of trained predictors, at least 1.
+        samples: samples per number.
+    """
+
+    value: float
+    sampling_error: float
+    training_error: float | None
+    seeds: int
+    samples: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval (Student's t, degrees of freedom after Welch and Satterthwaite)."""
+        a, b = self.sampling_error**2, (self.training_error or 0.0) ** 2
+        b = 0.0 if np.isnan(b) else b
+        if a + b == 0:
+            return self.value, self.value
+        df = (a + b) ** 2 / (a**2 / (BLOCKS - 1) + (b**2 / (self.seeds - 1) if b else 0))
+        half = stats.t.ppf(0.975, df) * np.sqrt(a + b)
+        return self.value - half, self.value + half
+
+
+def _combine(groups: list[list[Result]], signs: list[int]) -> Estimate:
+    everything = [result for group in groups for result in group]
+    samples = {result.run.samples for result in everything}
+    require(
+        len(samples) == 1, "the numbers of samples", sorted(samples), "the same, to be compared"
+    )
+    means = [np.mean([result.value for result in group]) for group in groups]
+    replicates = sum(
+        sign * np.mean([result.replicates for result in group], axis=0)
+        for sign, group in zip(signs, groups, strict=True)
+    )
+    variance, trained = 0.0, False
+    for group in groups:
+        if group[0].run.predictor is not None:
+            trained = True
+            values = [result.value for result in group]
+            variance += np.var(values, ddof=1) / len(values) if len(values) > 1 else np.nan
+    seeds = [len(group) for group in groups if group[0].run.predictor is not None]
+    return Estimate(
+        float(np.dot(signs, means)),
+        jackknife_error(replicates) if np.size(replicates) else 0.0,
+        float(np.sqrt(variance)) if trained else None,
+        min(seeds, default=1),
+        samples.pop(),
+    )
+
+
+def estimate(results: list[Result]) -> Estimate:
+    """The mean of results that differ in the training seed only."""
+    return _combine([results], [1])
+
+
+def difference(a: list[Result], b: list[Result]) -> Estimate:
+    """Paired difference a - b on the same latents; each a list over training seeds.
+
+    Raises:
+        ValueError: the numbers of samples or the latents differ.
+    """
+    latents = {(r.run.dataset, r.run.metric, r.run.first_seed) for r in a + b}
+    require(
+        len(latents) == 1,
+        "dataset, metric and latents",
+        sorted(latents),
+        "the same for a paired difference",
+    )
+    return _combine([a, b], [1, -1])

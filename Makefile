@@ -27,7 +27,7 @@ bench: $(INSTALLED)  ## measure speed and memory
 lint: $(INSTALLED)  ## check style, and that notebooks carry no outputs
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(if $(NOTEBOOKS),$(BIN)/nbstripout --verify $(NOTEBOOKS))
+	$(if $(NOTEBOOKS),$(BIN)/nbstripout --keep-id --verify $(NOTEBOOKS))
 
 clean:  ## remove what was built; .venv stays
 	rm -rf _build .pytest_cache .ruff_cache

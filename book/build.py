@@ -85,11 +85,15 @@ def run_notebook(notebook: Path) -> bool:
 
 
 def fold_code(path: Path) -> None:
-    """Tag the code cells of a notebook: a page shows results, and code on a click."""
+    """Tag the code cells of a notebook: a page shows results, and code on a click.
+
+    Cells with a tag of their own on this (``remove-input``, ``remove-cell``) keep to it.
+    """
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.metadata.setdefault("tags", []).append("hide-input")
+        tags = cell.metadata.setdefault("tags", [])
+        if cell.cell_type == "code" and not {"remove-input", "remove-cell"} & set(tags):
+            tags.append("hide-input")
     nbformat.write(notebook, path)
 
 

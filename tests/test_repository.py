@@ -95,6 +95,15 @@ def test_launch_addresses_lead_to_the_notebooks(tmp_path):
         assert (ROOT / addresses.pop().removeprefix(base)).is_file()
 
 
+def test_the_repository_has_one_address():
+    address = CONFIG["repository"]["url"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["repository-code"] == address
+    for path in NOTEBOOKS:
+        code = "".join(cell.source for cell in nbformat.read(path, as_version=4).cells)
+        assert re.findall(r"https://github\.com/[\w./-]+", code) == [f"{address}.git"], path.name
+
+
 def sources():
     """All files of the repository, but not what was installed or built in the checkout."""
     passed_over = {".git", ".venv", "_build", "__pycache__", "amedlib.egg-info"}

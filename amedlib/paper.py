@@ -60,11 +60,31 @@ METHODS = {
         "ipndm", {"order": 4}, afs=True, learned=True, published="AMED-Plugin (iPNDM)"
     ),
 }
-SINGLE_STEP = ("DDIM", "DPM-Solver-2", "EDM")
+# The first version of the paper, whose tables these are, is the default.
+RECIPE = {"recipe": "paper"}
 SCHEDULES = ("polynomial", "logsnr", "time_uniform")
 
 
-def plan(
+def _run(dataset, method: Method, nfe, samples, metric="fd", **fields) -> Run:
+    """The Run of a method on a data set; ``fields`` go before what method and data set say."""
+    data = load_dataset(dataset)
+    return Run(
+        **{
+            "metric": metric,
+            "dataset": dataset,
+            "solver": method.solver,
+            "options": method.options | data.solver_options.get(method.solver, {}),
+            "schedule": method.schedule,
+            "sigma_min": data.sigma_min,
+            "sigma_max": data.sigma_max,
+            "nfe": nfe,
+            "samples": samples,
+        }
+        | fields
+    )
+
+
+def plan_table2(
     dataset: str = "digits",
     methods=tuple(METHODS),
     nfes=NFES,
@@ -74,7 +94,7 @@ def plan(
     metric: str = "fd",
     **predictor,
 ) -> pd.DataFrame:
-    """The Runs of a table: a row per method, NFE and training seed.
+    """The Runs of Table 2: a row per method, NFE and training seed.
 
     Args:
         schedule: for every method; ``None`` gives each the one that the paper uses for it.
@@ -88,30 +108,80 @@ def plan(
     """
     one_of("schedule", schedule, (None, *SCHEDULES))
     require(len(nfes) > 0 and len(seeds) > 0, "nfes and seeds", (nfes, seeds), "not empty")
-    data = load_dataset(dataset)
     rows = []
     for name in methods:
         one_of("method", name, METHODS)
         method = METHODS[name]
-        options = method.options | data.solver_options.get(method.solver, {})
         for nfe in nfes:
             for seed in seeds if method.learned else [None]:
-                learned = method.predictor | predictor | {"seed": seed}
-                what = Run(
-                    metric,
+                learned = RECIPE | method.predictor | predictor | {"seed": seed}
+                what = _run(
                     dataset,
-                    method.solver,
-                    options,
-                    schedule or method.schedule,
-                    sigma_min=data.sigma_min,
-                    sigma_max=data.sigma_max,
-                    nfe=nfe,
+                    method,
+                    nfe,
+                    n_samples,
+                    metric,
+                    schedule=schedule or method.schedule,
                     afs=method.afs,
                     predictor=learned if method.learned else None,
-                    samples=n_samples,
                 )
                 rows.append({"method": name, "nfe": nfe, "schedule": what.schedule, "run": what})
     return pd.DataFrame(rows)
+
+
+def plan_table1(dataset: str = "digits", seeds=SEEDS, n_samples: int = 1000) -> pd.DataFrame:
+    """Local errors of the single-step solvers over five steps; columns method, nfe, run."""
+    rows = []
+    for name in ("DDIM", "EDM", "DPM-Solver-2", "AMED-Solver"):
+        method, nfe = METHODS[name], 5 if name == "DDIM" else 10
+        for seed in seeds if method.learned else [None]:
+            learned = RECIPE | {"seed": seed} if method.learned else None
+            what = _run(dataset, method, nfe, n_samples, "local_error", predictor=learned)
+            rows.append({"method": name, "nfe": nfe, "run": what})
+    return pd.DataFrame(rows)
+
+
+def plan_figure4(dataset: str = "digits", n_samples: int = 1000) -> pd.DataFrame:
+    """PCA of trajectories of EDM's sampler with 80 NFE; columns method, nfe, run."""
+    what = _run(dataset, METHODS["EDM"], 80, n_samples, "trajectory_pca")
+    return pd.DataFrame([{"method": "EDM", "nfe": 80, "run": what}])
+
+
+def plan_figure5(dataset: str = "digits", n_samples: int = 500) -> pd.DataFrame:
+    """Greedy grid search on r with N = 6 for every solver; columns method, nfe, run."""
+    rows = []
+    for name in ("DPM-Solver++(3M)", "UniPC", "iPNDM", "DDIM", "DPM-Solver-2", "AMED-Solver"):
+        fields = {"schedule": "polynomial", "r": 0.5}
+        what = _run(dataset, METHODS[name], 10, n_samples, "grid_search", **fields)
+        rows.append({"method": name, "nfe": 10, "run": what})
+    return pd.DataFrame(rows)
+
+
+def plan_figure7(
+    dataset: str = "digits", nfes=NFES, seeds=SEEDS, n_samples: int = 1000
+) -> pd.DataFrame:
+    """Learned r per step, of the predictors of Table 2; columns method, nfe, schedule, run."""
+    learned = [name for name, method in METHODS.items() if method.learned]
+    return plan_table2(dataset, learned, nfes, seeds, n_samples, metric="learned_r")
+
+
+def plan_centring(nfes=(3, 5, 7), n_samples: int = 5000) -> pd.DataFrame:
+    """Solvers with and without AFS, on digits centred or not; columns method, data, nfe, run.
+
+    A two-stage solver's NFE is one less with AFS; a row keeps the number of its time points.
+    """
+    rows = []
+    for name in ("DDIM", "iPNDM", "DPM-Solver++(3M)"):
+        for afs in (False, True):
+            for dataset, label in (("digits", "centred"), ("digits_uncentred", "not centred")):
+                for nfe in nfes:
+                    what = _run(dataset, METHODS[name], nfe, n_samples, afs=afs)
+                    method = f"{name}, AFS" if afs else name
+                    rows.append({"method": method, "data": label, "nfe": nfe, "run": what})
+    return pd.DataFrame(rows)
+
+
+PLANS = (plan_table1, plan_table2, plan_figure4, plan_figure5, plan_figure7)
 
 
 def measure(planned: pd.DataFrame, **how) -> pd.DataFrame:
@@ -137,6 +207,37 @@ def estimates(measured: pd.DataFrame, by=("method", "nfe")) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def floor_runs(dataset: str = "digits") -> dict[str, Run]:
+    """The Runs of the floors of ``"fd"`` and ``"fd_pixels"``."""
+    return {metric: Run(f"floor_{metric}", dataset) for metric in ("fd", "fd_pixels")}
+
+
+def accuracy_run(dataset: str = "digits") -> Run:
+    """How far the ODE's accurate solution moves when its steps are halved."""
+    return Run("endpoint_accuracy", dataset, samples=500)
+
+
+def mean_curve(results, name: str) -> dict:
+    """The curves of one method's results, with ``name`` averaged over its training seeds."""
+    results = list(results)
+    mean = np.mean([result.curves[name] for result in results], axis=0)
+    return results[0].curves | {name: mean.tolist()}
+
+
+def learned_r_table(measured: pd.DataFrame) -> pd.DataFrame:
+    """Learned r: rows method and NFE, columns steps; mean over seeds (largest sd over samples)."""
+    rows = {}
+    for (method, nfe), group in measured.groupby(["method", "nfe"], sort=False):
+        curves = [result.curves for result in group["result"]]
+        means = np.mean([c["r"] for c in curves], axis=0)
+        spreads = np.max([c["r_sd"] for c in curves], axis=0)
+        rows[method, f"NFE {nfe}"] = {
+            f"step {i}": f"{mean:.3f} ({spread:.3f})"
+            for i, (mean, spread) in enumerate(zip(means, spreads, strict=True), 1)
+        }
+    return pd.DataFrame(rows).T.fillna("–")
 
 
 def paper_values(table: str, dataset: str) -> pd.DataFrame:
@@ -204,3 +305,25 @@ def judge(table: str, measured: pd.DataFrame) -> pd.DataFrame:
                     }
                 )
     return pd.DataFrame(rows)
+
+
+def headline(ours: pd.DataFrame, judged: pd.DataFrame, nfe: int = 5) -> dict[str, str]:
+    """Numbers for the book's first page: quality of all methods at one NFE, counts of verdicts."""
+    numbers = {
+        f"table2_{row.method}": with_interval(row.value, row.half)
+        for row in ours[ours["nfe"] == nfe].itertuples()
+    }
+    for claim, group in judged.groupby("claim"):
+        counts = group["verdict"].value_counts()
+        numbers[f"table2_{claim}_holds"] = int(counts.get("holds", 0))
+        numbers[f"table2_{claim}_fails"] = int(counts.get("does not hold", 0))
+        numbers[f"table2_{claim}_all"] = len(group)
+    return numbers
+
+
+def with_interval(value: float, half: float) -> str:
+    """A number with its 95 % half width, to two digits of the latter: ``12.3 ± 1.2``."""
+    if not half > 0:
+        return f"{value:.4g}"
+    digits = max(0, 1 - int(np.floor(np.log10(half))))
+    return f"{value:.{digits}f} ± {half:.{digits}f}"

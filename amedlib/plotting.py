@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
+from amedlib.paper import with_interval
+
 LOOKS = {
     "DPM-Solver++(3M)": ("#56B4E9", "s"),
     "UniPC": ("#009E73", "D"),
@@ -104,14 +106,6 @@ def against_nfe(panels: dict[str, pd.DataFrame], ylabels, floors=None) -> Figure
     return figure
 
 
-def with_interval(value: float, half: float) -> str:
-    """A number with its 95 % half width, to two digits of the latter: ``12.3 ± 1.2``."""
-    if not half > 0:
-        return f"{value:.4g}"
-    digits = max(0, 1 - int(np.floor(np.log10(half))))
-    return f"{value:.{digits}f} ± {half:.{digits}f}"
-
-
 def comparison_table(ours: pd.DataFrame, paper: pd.DataFrame | None = None, unit="FD"):
     """Methods against NFE: ours with its 95 % interval, the paper's beside it where it has one.
 
@@ -158,6 +152,18 @@ def verdict_table(judged: pd.DataFrame):
     frame.index.names = [None, None]
     frame.columns.name = None
     return frame.style
+
+
+def crossed_table(estimates: pd.DataFrame, rows: list[str], columns: list[str]):
+    """Estimates with their 95 % intervals, crossed by columns of the frame."""
+    cells = [
+        with_interval(r.value, r.half) for r in estimates[["value", "half"]].itertuples(index=False)
+    ]
+    frame = estimates.assign(cell=cells).pivot_table(
+        index=rows, columns=columns, values="cell", aggfunc="first", sort=False
+    )
+    frame.index.names = [None] * len(rows)
+    return frame.fillna("–").style
 
 
 def trajectory_pca(curves: dict) -> Figure:

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
@@ -222,6 +223,7 @@ def sample(
     return Sample(sampler.x, torch.stack(states) if trajectory else None, sampler.nfe)
 
 
+@cache
 def num_steps_for(nfe: int, solver: Solver, afs: bool = False, intermediate: bool = False) -> int:
     """The number of time points with which a method makes ``nfe`` evaluations, found by counting.
 

@@ -507,15 +507,10 @@ def _sum(values):
     return sum(rest, start=first)
 
 
-def _truth(run: Run, context: Context, latents) -> torch.Tensor:
-    """The paper's ground truth at the Run's times: Heun with 80 NFE (Sec. 3.3)."""
-    every = -(-40 // (run.num_steps - 1))
-    refined = make_schedule(
-        run.schedule, every * (run.num_steps - 1) + 1, run.sigma_min, run.sigma_max, run.rho
-    )
-    return geometry.accurate_solution(
-        context.data.denoiser, latents, run.times(), refined, batch=context.data.batch
-    )
+def _refined(run: Run, every: int) -> torch.Tensor:
+    """The Run's schedule with ``every`` steps for one."""
+    points = every * (run.num_steps - 1) + 1
+    return make_schedule(run.schedule, points, run.sigma_min, run.sigma_max, run.rho)
 
 
 # The grid of Table 3: 0.02 to 0.98.
@@ -524,16 +519,13 @@ GRID = tuple(round(0.02 * i, 2) for i in range(1, 50))
 
 def grid_search(run: Run, context: Context) -> dict[str, Measured]:
     """Figure 5: relative alignment with the best r of a grid, in the mean over the steps."""
+    denoiser, times = context.data.denoiser, run.times()
     latents = context.latents(torch.cat(_blocks(run)).tolist())
-    found = geometry.grid_search(
-        context.data.denoiser,
-        latents,
-        run.times(),
-        make_solver(run.solver, **run.options),
-        _truth(run, context, latents),
-        GRID,
-        run.afs,
-    )
+    # The paper's ground truth: Heun with 80 NFE (Sec. 3.3).
+    refined = _refined(run, every=-(-40 // (run.num_steps - 1)))
+    truth = geometry.accurate_solution(denoiser, latents, times, refined, batch=context.data.batch)
+    solver = make_solver(run.solver, **run.options)
+    found = geometry.grid_search(denoiser, latents, times, solver, truth, GRID, run.afs)
     curves = {name: values.tolist() for name, values in found._asdict().items()}
     curves |= {"t": run.times().tolist(), "grid": list(GRID)}
     value = float((found.baseline - found.searched).mean())
@@ -543,11 +535,14 @@ def grid_search(run: Run, context: Context) -> dict[str, Measured]:
 def local_error(run: Run, context: Context) -> dict[str, Measured]:
     """Table 1: root mean square error of one step from the solution, in the mean over the steps."""
     solver, intermediate = make_solver(run.solver, **run.options), context.intermediate(run)
-    times = run.times()
+    times, denoiser = run.times(), context.data.denoiser
+    accurate = make_solver(SOLUTION["solver"], **SOLUTION["options"])
+    refined = _refined(run, every=40)
 
     def measure(seeds):
-        truth = _truth(run, context, context.latents(seeds))
-        errors = geometry.local_errors(context.data.denoiser, truth, times, solver, intermediate)
+        latents = context.latents(seeds)
+        truth = geometry.accurate_solution(denoiser, latents, times, refined, accurate)
+        errors = geometry.local_errors(denoiser, truth, times, solver, intermediate)
         # Mean squares add up over batches; errors are already root mean squares of this one.
         return {"square": Moments(len(seeds), len(seeds) * errors.square().numpy(), np.zeros(()))}
 

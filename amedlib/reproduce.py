@@ -1,0 +1,135 @@
+"""The whole study of a data set: compute what is missing, spot-check it, or do all of it again.
+
+python -m amedlib.reproduce digits          compute everything again, compare with what is shipped
+python -m amedlib.reproduce digits --fill   compute what the store lacks
+"""
+
+import argparse
+import multiprocessing
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from amedlib import paper
+from amedlib.checks import require
+from amedlib.study import RESULTS, Result, Run, compute, load_result, run_all
+
+AGAIN = RESULTS.parent.parent / "_build" / "reproduce"
+
+
+def whole_study(dataset: str = "digits") -> list[Run]:
+    """Every Run that the book shows for a data set."""
+    plans = [plan(dataset) for plan in paper.PLANS]
+    for metric in ("fd", "fd_pixels", "endpoint_error"):
+        plans.append(paper.plan_table2(dataset, metric=metric))
+    # One training seed where the schedule is not the one of the paper.
+    for schedule in paper.SCHEDULES:
+        plans.append(paper.plan_table2(dataset, seeds=paper.SEEDS[:1], schedule=schedule))
+    if dataset == "digits":
+        plans.append(paper.plan_centring())
+    runs = [what for plan in plans for what in plan["run"]]
+    runs += [*paper.floor_runs(dataset).values(), paper.accuracy_run(dataset)]
+    return list({what.key: what for what in runs}.values())
+
+
+def stored(dataset: str, results_dir=RESULTS) -> list[Result]:
+    """All results of a data set that the store holds, of Runs of the study."""
+    found = (load_result(what, results_dir) for what in whole_study(dataset))
+    return [result for result in found if result is not None]
+
+
+def tolerance(result: Result, retrained: bool) -> float:
+    """How far a recomputed value may lie from the stored one.
+
+    Arithmetic differs between machines in its last digits, and rounding samples to grey levels
+    makes that visible: a tenth of the sampling error, or 0.2 %. A predictor that was trained again
+    has lived through thousands of such differences; it may move as far as another seed would, which
+    for a learned Run is taken as 15 % of the value.
+    """
+    learned = retrained and result.run.predictor is not None
+    return max(0.1 * result.error, abs(result.value) * (0.15 if learned else 0.002), 1e-6)
+
+
+def compare(pairs, retrained: bool) -> pd.DataFrame:
+    """Stored and recomputed values side by side, with the tolerance and whether they agree."""
+    rows = []
+    for old, new in pairs:
+        allowed = tolerance(old, retrained)
+        rows.append(
+            {
+                "metric": old.run.metric,
+                "solver": old.run.solver,
+                "schedule": old.run.schedule,
+                "NFE": old.run.nfe,
+                "seed": (old.run.predictor or {}).get("seed", "–"),
+                "samples": old.run.samples,
+                "stored": old.value,
+                "recomputed": new.value,
+                "tolerance": allowed,
+                "agrees": abs(new.value - old.value) <= allowed,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def spot_check(dataset="digits", n=10, seed=None, results_dir=RESULTS, seconds=15.0, device="cpu"):
+    """Recompute ``n`` random shipped results, with the shipped predictors.
+
+    Args:
+        seed: chooses them; drawn if not given.
+        seconds: results that once took longer are left out, so that a build stays short.
+
+    Returns:
+        The seed, and the frame of ``compare``.
+
+    Raises:
+        ValueError: there are fewer than ``n`` such results.
+    """
+    seed = int.from_bytes(os.urandom(4)) if seed is None else seed
+    results = [r for r in stored(dataset, results_dir) if r.seconds <= seconds]
+    require(len(results) >= n, "n", n, f"at most the number of shipped results, {len(results)}")
+    chosen = np.random.default_rng(seed).choice(len(results), n, replace=False)
+    pairs = []
+    for old in tqdm([results[i] for i in chosen], desc="results recomputed"):
+        again = compute(old.run, results_dir, device, progress=False)
+        pairs.append((old, next(r for r in again if r.run == old.run)))
+    return seed, compare(pairs, retrained=False)
+
+
+def processes(workers: int):
+    """An executor of ``workers`` processes with one thread each."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the workers, before they import torch
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+
+
+def main(arguments=None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("dataset", nargs="?", default="digits")
+    parser.add_argument("--fill", action="store_true", help="compute what the store lacks")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--device", default="cpu")
+    given = parser.parse_args(arguments)
+    into = RESULTS if given.fill else AGAIN
+    runs = whole_study(given.dataset)
+    with processes(given.workers) if given.workers > 1 else nullcontext() as executor:
+        run_all(runs, into, given.device, executor)
+    if given.fill:
+        return 0
+    old = {result.run.key: result for result in stored(given.dataset)}
+    new = {result.run.key: result for result in stored(given.dataset, into)}
+    frame = compare([(old[key], new[key]) for key in old], retrained=True)
+    moved = frame[~frame["agrees"]]
+    print(f"{len(frame)} results computed again in {into}: {len(moved)} beyond their tolerance.")
+    if len(moved):
+        print(moved.to_string(index=False))
+    return 1 if len(moved) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

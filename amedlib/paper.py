@@ -56,8 +56,14 @@ METHODS = {
     "DPM-Solver-2": Method("dpm2", afs=True),
     "EDM": Method("heun", afs=True),
     "AMED-Solver": Method("amed", afs=True, learned=True),
+    # M = 2: with M = 1 the teacher makes just the student's number of evaluations (`plugin.ipynb`).
     "AMED-Plugin": Method(
-        "ipndm", {"order": 4}, afs=True, learned=True, published="AMED-Plugin (iPNDM)"
+        "ipndm",
+        {"order": 4},
+        afs=True,
+        learned=True,
+        predictor={"m": 2},
+        published="AMED-Plugin (iPNDM)",
     ),
 }
 # The first version of the paper, whose tables these are, is the default.
@@ -181,7 +187,61 @@ def plan_centring(nfes=(3, 5, 7), n_samples: int = 5000) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-PLANS = (plan_table1, plan_table2, plan_figure4, plan_figure5, plan_figure7)
+def plan_release(
+    dataset: str = "digits", nfes=NFES, seeds=SEEDS, n_samples: int = 5000, metric: str = "fd"
+) -> pd.DataFrame:
+    """The AMED rows of Table 2 as the released code makes them; columns as of ``plan_table2``.
+
+    Its AMED-Solver runs on the schedule time_uniform.
+    """
+    planned = [
+        plan_table2(
+            dataset,
+            [name],
+            nfes,
+            seeds,
+            n_samples,
+            schedule,
+            metric,
+            recipe="release",
+            scale_time=a,
+        )
+        for name, schedule, a in (("AMED-Solver", "time_uniform", 0.0), ("AMED-Plugin", None, 0.2))
+    ]
+    return pd.concat(planned, ignore_index=True)
+
+
+# What could keep the plugin from improving iPNDM, one change at a time from the row of Table 2.
+PLUGIN_VARIANTS = {
+    "M = 1": {"m": 1},
+    "M = 2, as in Table 2": {},
+    "M = 4": {"m": 4},
+    "teacher Heun, M = 4": {"teacher": "heun", "m": 4},
+    "a quarter of the images": {"images": 5_000},
+    "four times the images": {"images": 80_000},
+    "loss on features": {"loss": "features"},
+}
+
+
+def plan_plugin(
+    dataset: str = "digits", nfe: int = 5, seeds=SEEDS, n_samples: int = 5000, metric: str = "fd"
+) -> pd.DataFrame:
+    """iPNDM at one NFE, plain and with AFS, and variants of its plugin; columns variant, run."""
+    plain = METHODS["iPNDM"]
+    rows = [
+        {"variant": label, "nfe": nfe, "run": _run(dataset, plain, nfe, n_samples, metric, afs=afs)}
+        for label, afs in (("iPNDM", False), ("iPNDM, AFS", True))
+    ]
+    for label, changes in PLUGIN_VARIANTS.items():
+        few = seeds[:1] if changes.get("images", 0) > 20_000 else seeds
+        each = plan_table2(
+            dataset, ["AMED-Plugin"], [nfe], few, n_samples, metric=metric, **changes
+        )
+        rows += [{"variant": f"plugin, {label}", "nfe": nfe, "run": what} for what in each["run"]]
+    return pd.DataFrame(rows)
+
+
+PLANS = (plan_table1, plan_figure4, plan_figure5, plan_figure7)
 
 
 def measure(planned: pd.DataFrame, **how) -> pd.DataFrame:

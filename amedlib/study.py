@@ -415,7 +415,7 @@ def quality(run: Run, context: Context) -> dict[str, Measured]:
 
 
 # The ODE's own solution. `endpoint_accuracy` measures how far it moves with half the steps.
-SOLUTION = {"solver": "dpmpp", "options": {"order": 3, "thresholding": False}, "num_steps": 201}
+SOLUTION = {"solver": "unipc", "options": {"order": 3, "thresholding": False}, "num_steps": 129}
 
 
 def _solve(run: Run, context: Context, seeds, points: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, as_completed
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import version
@@ -140,12 +140,26 @@ class Run:
 
     @property
     def key(self) -> str:
-        """A hash of all fields."""
-        return _hash(asdict(self))
+        """A hash of all fields that differ from their defaults.
+
+        So a field that is added later leaves the results there are where they are. A default that
+        is changed is found out when a result is loaded, since its file states every field.
+        """
+        predictor = self.predictor and _changed(self.training)
+        return _hash(_changed(self) | {"metric": self.metric, "predictor": predictor})
 
     def with_metric(self, metric: str) -> "Run":
         """The same, measured otherwise."""
         return Run(**(asdict(self) | {"metric": metric, "version": None}))
+
+
+def _changed(record) -> dict:
+    """The fields of a dataclass that differ from their defaults."""
+    defaults = {
+        f.name: f.default if f.default_factory is MISSING else f.default_factory()
+        for f in fields(record)
+    }
+    return {name: value for name, value in asdict(record).items() if value != defaults[name]}
 
 
 def _hash(value) -> str:
@@ -198,7 +212,7 @@ def result_path(run: Run, results_dir=RESULTS) -> Path:
 
 def predictor_path(run: Run, results_dir=RESULTS) -> Path:
     """Where the predictor of a Run is kept; Runs of one training share it."""
-    return _folder(results_dir, run) / "predictors" / f"{_hash(asdict(run.training))}.safetensors"
+    return _folder(results_dir, run) / "predictors" / f"{_hash(_changed(run.training))}.safetensors"
 
 
 def load_result(run: Run, results_dir=RESULTS) -> Result | None:

@@ -208,7 +208,7 @@ def plan_release(
         )
         for name, schedule, a in (("AMED-Solver", "time_uniform", 0.0), ("AMED-Plugin", None, 0.2))
     ]
-    return pd.concat(planned, ignore_index=True)
+    return concat(planned)
 
 
 # What could keep the plugin from improving iPNDM, one change at a time from the row of Table 2.
@@ -242,6 +242,11 @@ def plan_plugin(
 
 
 PLANS = (plan_table1, plan_figure4, plan_figure5, plan_figure7)
+
+
+def concat(plans) -> pd.DataFrame:
+    """Several plans as one."""
+    return pd.concat(plans, ignore_index=True)
 
 
 def measure(planned: pd.DataFrame, **how) -> pd.DataFrame:
@@ -365,6 +370,28 @@ def judge(table: str, measured: pd.DataFrame) -> pd.DataFrame:
                     }
                 )
     return pd.DataFrame(rows)
+
+
+def against_baseline(measured: pd.DataFrame, baseline: str) -> dict[str, Estimate]:
+    """Paired difference of every variant to a baseline, by variant; columns variant, result."""
+    results = {key: group["result"].tolist() for key, group in measured.groupby("variant")}
+    return {
+        key: difference(results[key], results[baseline])
+        for key in measured["variant"].unique()
+        if key != baseline
+    }
+
+
+def plugin_numbers(measured: pd.DataFrame, endpoint: pd.DataFrame) -> dict[str, str]:
+    """Numbers of ``plan_plugin`` for the book's prose: differences with their intervals."""
+    numbers = {}
+    for metric, frame in (("fd", measured), ("endpoint", endpoint)):
+        for baseline, short in (("iPNDM", "plain"), ("iPNDM, AFS", "afs")):
+            for variant, found in against_baseline(frame, baseline).items():
+                low, high = found.interval
+                name = f"plugin_{metric}_{variant}_vs_{short}"
+                numbers[name] = with_interval(found.value, (high - low) / 2)
+    return numbers
 
 
 def headline(ours: pd.DataFrame, judged: pd.DataFrame, nfe: int = 5) -> dict[str, str]:

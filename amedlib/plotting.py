@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-from amedlib.paper import with_interval
+from amedlib.paper import against_baseline, estimates, with_interval
 
 LOOKS = {
     "DPM-Solver++(3M)": ("#56B4E9", "s"),
@@ -154,16 +154,39 @@ def verdict_table(judged: pd.DataFrame):
     return frame.style
 
 
-def crossed_table(estimates: pd.DataFrame, rows: list[str], columns: list[str]):
+def crossed_table(found: pd.DataFrame, rows: list[str], columns: list[str]):
     """Estimates with their 95 % intervals, crossed by columns of the frame."""
     cells = [
-        with_interval(r.value, r.half) for r in estimates[["value", "half"]].itertuples(index=False)
+        with_interval(r.value, r.half) for r in found[["value", "half"]].itertuples(index=False)
     ]
-    frame = estimates.assign(cell=cells).pivot_table(
+    frame = found.assign(cell=cells).pivot_table(
         index=rows, columns=columns, values="cell", aggfunc="first", sort=False
     )
     frame.index.names = [None] * len(rows)
     return frame.fillna("–").style
+
+
+def variants_table(frames: dict[str, pd.DataFrame], baselines: list[str]):
+    """Variants against baselines: for every frame the value and the paired differences.
+
+    Args:
+        frames: heading to frame with columns variant, result; from ``paper.measure``.
+        baselines: variants to take differences to.
+    """
+    cells = {}
+    for heading, frame in frames.items():
+        values = estimates(frame, by=("variant",)).set_index("variant")
+        cells[heading, "value"] = {
+            variant: with_interval(row.value, row.half) for variant, row in values.iterrows()
+        }
+        for baseline in baselines:
+            found = against_baseline(frame, baseline)
+            cells[heading, f"minus {baseline}"] = {
+                variant: with_interval(e.value, (e.interval[1] - e.interval[0]) / 2)
+                for variant, e in found.items()
+            }
+    order = next(iter(frames.values()))["variant"].unique()
+    return pd.DataFrame(cells).reindex(order).fillna("–").style
 
 
 def trajectory_pca(curves: dict) -> Figure:

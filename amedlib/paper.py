@@ -114,13 +114,14 @@ def plan_table2(
     """
     one_of("schedule", schedule, (None, *SCHEDULES))
     require(len(nfes) > 0 and len(seeds) > 0, "nfes and seeds", (nfes, seeds), "not empty")
+    data = load_dataset(dataset)
     rows = []
     for name in methods:
         one_of("method", name, METHODS)
         method = METHODS[name]
         for nfe in nfes:
             for seed in seeds if method.learned else [None]:
-                learned = RECIPE | method.predictor | predictor | {"seed": seed}
+                learned = RECIPE | data.training | method.predictor | predictor | {"seed": seed}
                 what = _run(
                     dataset,
                     method,
@@ -137,11 +138,12 @@ def plan_table2(
 
 def plan_table1(dataset: str = "digits", seeds=SEEDS, n_samples: int = 1000) -> pd.DataFrame:
     """Local errors of the single-step solvers over five steps; columns method, nfe, run."""
+    training = RECIPE | load_dataset(dataset).training
     rows = []
     for name in ("DDIM", "EDM", "DPM-Solver-2", "AMED-Solver"):
         method, nfe = METHODS[name], 5 if name == "DDIM" else 10
         for seed in seeds if method.learned else [None]:
-            learned = RECIPE | {"seed": seed} if method.learned else None
+            learned = training | {"seed": seed} if method.learned else None
             what = _run(dataset, method, nfe, n_samples, "local_error", predictor=learned)
             rows.append({"method": name, "nfe": nfe, "run": what})
     return pd.DataFrame(rows)
@@ -188,7 +190,75 @@ def plan_centring(nfes=(3, 5, 7), n_samples: int = 5000) -> pd.DataFrame:
 
 
 def plan_release(
-    dataset: str = "digits", nfes=NFES, seeds=SEEDS, n_samples: int = 5000, metric: str = "fd"
+    dataset: str = "digits", nfes=(5,), seeds=SEEDS, n_samples: int = 5000, metric: str = "fd"
+) -> pd.DataFrame:
+    """The AMED rows of Table 2 as the released code makes them; columns as of ``plan_table2``.
+
+    Its AMED-Solver runs on the schedule time_uniform.
+    """
+    planned = [
+        plan_table2(
+            dataset,
+            [name],
+            nfes,
+            seeds,
+            n_samples,
+            schedule,
+            metric,
+            recipe="release",
+            scale_time=a,
+        )
+        for name, schedule, a in (("AMED-Solver", "time_uniform", 0.0), ("AMED-Plugin", None, 0.2))
+    ]
+    return concat(planned)
+
+
+# What could keep the plugin from improving iPNDM, one change at a time from the row of Table 2; and
+# the length of training for both methods.
+VARIANTS = {
+    "AMED-Plugin, M = 1": ("AMED-Plugin", {"m": 1}),
+    "AMED-Plugin, M = 2": ("AMED-Plugin", {}),
+    "AMED-Plugin, M = 4": ("AMED-Plugin", {"m": 4}),
+    "AMED-Plugin, M = 2, loss on features": ("AMED-Plugin", {"loss": "features"}),
+    "AMED-Plugin, M = 2, 20,000 images": ("AMED-Plugin", {"images": 20_000}),
+    "AMED-Solver": ("AMED-Solver", {}),
+    "AMED-Solver, 20,000 images": ("AMED-Solver", {"images": 20_000}),
+}
+
+
+def plan_plugin(
+    dataset: str = "digits", nfe: int = 5, seeds=SEEDS, n_samples: int = 5000, metric: str = "fd"
+) -> pd.DataFrame:
+    """iPNDM at one NFE, plain and with AFS, and variants of its plugin; columns variant, run."""
+    plain = METHODS["iPNDM"]
+    rows = [
+        {"variant": label, "nfe": nfe, "run": _run(dataset, plain, nfe, n_samples, metric, afs=afs)}
+        for label, afs in (("iPNDM", False), ("iPNDM, AFS", True))
+    ]
+    for label, (method, changes) in VARIANTS.items():
+        each = plan_table2(dataset, [method], [nfe], seeds, n_samples, metric=metric, **changes)
+        rows += [{"variant": label, "nfe": nfe, "run": what} for what in each["run"]]
+    return pd.DataFrame(rows)
+
+
+def plan_centring(nfes=(3, 5, 7), n_samples: int = 5000) -> pd.DataFrame:
+    """Solvers with and without AFS, on digits centred or not; columns method, data, nfe, run.
+
+    A two-stage solver's NFE is one less with AFS; a row keeps the number of its time points.
+    """
+    rows = []
+    for name in ("DDIM", "iPNDM", "DPM-Solver++(3M)"):
+        for afs in (False, True):
+            for dataset, label in (("digits", "centred"), ("digits_uncentred", "not centred")):
+                for nfe in nfes:
+                    what = _run(dataset, METHODS[name], nfe, n_samples, afs=afs)
+                    method = f"{name}, AFS" if afs else name
+                    rows.append({"method": method, "data": label, "nfe": nfe, "run": what})
+    return pd.DataFrame(rows)
+
+
+def plan_release(
+    dataset: str = "digits", nfes=(5,), seeds=SEEDS, n_samples: int = 5000, metric: str = "fd"
 ) -> pd.DataFrame:
     """The AMED rows of Table 2 as the released code makes them; columns as of ``plan_table2``.
 

@@ -52,6 +52,7 @@ def toy_dataset(denoiser, batch=7):
         sigma_min=0.002,
         sigma_max=80.0,
         solver_options={},
+        training={},
         to_images=lambda x: x.float(),
         features=lambda x: x.flatten(1)[:, :3],
         feature_distance_name="FD",

@@ -4,6 +4,12 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
+# Small networks on a CPU: without these, glibc gives the memory of every layer back to the system
+# and takes it again, and threads that wait keep the others from working.
+export MALLOC_TRIM_THRESHOLD_ := 1073741824
+export MALLOC_MMAP_THRESHOLD_ := 33554432
+export OMP_WAIT_POLICY := PASSIVE
+
 .PHONY: help book test models reproduce lint bench clean
 
 help:  ## this list

@@ -279,6 +279,11 @@ def floor_runs(dataset: str = "digits") -> dict[str, Run]:
     return {metric: Run(f"floor_{metric}", dataset) for metric in ("fd", "fd_pixels")}
 
 
+def limit_run(dataset: str = "digits", n_samples: int = 5000, metric: str = "fd") -> Run:
+    """Heun with 79 NFE: what is left when the ODE is all but solved, a limit set by the model."""
+    return _run(dataset, METHODS["EDM"], 79, n_samples, metric, afs=True)
+
+
 def accuracy_run(dataset: str = "digits") -> Run:
     """How far the ODE's accurate solution moves when its steps are halved."""
     return Run("endpoint_accuracy", dataset, samples=500)

@@ -68,7 +68,9 @@ def caption(text: str) -> None:
 
 
 def _panels(n, width=4.4, height=3.6, **options):
-    return plt.subplots(1, n, figsize=(width * n, height), squeeze=False, **options)
+    # Not through pyplot, which would show the figure a second time in a notebook.
+    figure = Figure(figsize=(width * n, height))
+    return figure, figure.subplots(1, n, squeeze=False, **options)
 
 
 def _axis_of_nfe(axes, nfes):
@@ -82,13 +84,13 @@ def _log_scale(axes):
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def against_nfe(panels: dict[str, pd.DataFrame], ylabels, floors=None) -> Figure:
+def against_nfe(panels: dict[str, pd.DataFrame], ylabels, levels=None) -> Figure:
     """A panel per frame: a quality against NFE for every method, with 95 % intervals.
 
     Args:
         panels: title to frame with columns method, nfe, value and, where known, half.
         ylabels: label of each panel's y axis, with its unit.
-        floors: title to the value that a perfect sampler would have, drawn as a line.
+        levels: title to (label, value) of a line across the panel.
     """
     figure, axes = _panels(len(panels))
     for (title, frame), label, ax in zip(panels.items(), ylabels, axes[0], strict=True):
@@ -96,8 +98,9 @@ def against_nfe(panels: dict[str, pd.DataFrame], ylabels, floors=None) -> Figure
             rows = rows.sort_values("nfe")
             bars = rows["half"] if "half" in rows else None
             ax.errorbar(rows["nfe"], rows["value"], bars, capsize=2, label=method, **look(method))
-        if floors and title in floors:
-            ax.axhline(floors[title], color="#888888", linestyle=":", label="floor")
+        if levels and title in levels:
+            label_of_level, level = levels[title]
+            ax.axhline(level, color="#888888", linestyle=":", label=label_of_level)
         _log_scale(ax)
         _axis_of_nfe(ax, frame["nfe"].unique())
         ax.set(title=title, ylabel=label)
@@ -204,6 +207,7 @@ def trajectory_pca(curves: dict) -> Figure:
     left.legend()
     share = 100 * np.array(curves["cumulative_variance"])
     right.plot(np.arange(1, len(share) + 1), share, "o-", color="#0072B2")
+    right.yaxis.get_major_formatter().set_useOffset(False)
     right.set(xlabel="number of principal components", ylabel="cumulative variance (%)")
     return figure
 

@@ -36,6 +36,7 @@ def whole_study(dataset: str = "digits") -> list[Run]:
     if dataset == "digits":
         plans.append(paper.plan_centring())
     runs = [what for plan in plans for what in plan["run"]]
+    runs += [paper.limit_run(dataset, metric=metric) for metric in metrics]
     runs += [*paper.floor_runs(dataset).values(), paper.accuracy_run(dataset)]
     return list({what.key: what for what in runs}.values())
 

@@ -1,5 +1,6 @@
 """The paper's tables: its numbers, the Runs that measure ours, and the comparison of both."""
 
+import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -394,22 +395,22 @@ def plugin_numbers(measured: pd.DataFrame, endpoint: pd.DataFrame) -> dict[str, 
         for baseline, short in (("iPNDM", "plain"), ("iPNDM, AFS", "afs")):
             for variant, found in against_baseline(frame, baseline).items():
                 low, high = found.interval
-                name = f"plugin_{metric}_{variant}_vs_{short}"
+                name = f"plugin_{metric}_{re.sub('[^A-Za-z0-9]+', '-', variant)}_vs_{short}"
                 numbers[name] = with_interval(found.value, (high - low) / 2)
     return numbers
 
 
 def headline(ours: pd.DataFrame, judged: pd.DataFrame, nfe: int = 5) -> dict[str, str]:
-    """Numbers for the book's first page: quality of all methods at one NFE, counts of verdicts."""
+    """Numbers for the book's first page: quality at one NFE, counts of verdicts."""
     numbers = {
         f"table2_{row.method}": with_interval(row.value, row.half)
         for row in ours[ours["nfe"] == nfe].itertuples()
     }
     for claim, group in judged.groupby("claim"):
         counts = group["verdict"].value_counts()
-        numbers[f"table2_{claim}_holds"] = int(counts.get("holds", 0))
-        numbers[f"table2_{claim}_fails"] = int(counts.get("does not hold", 0))
-        numbers[f"table2_{claim}_all"] = len(group)
+        numbers[f"table2_{claim}_holds"] = str(counts.get("holds", 0))
+        numbers[f"table2_{claim}_fails"] = str(counts.get("does not hold", 0))
+        numbers[f"table2_{claim}_all"] = str(len(group))
     return numbers
 
 

@@ -132,7 +132,7 @@ def main(arguments=None) -> int:
         run_all(runs, into, given.device, executor)
     if given.fill:
         return 0
-    old = {result.run.key: result for result in stored(given.dataset)}
+    old = {result.run.key: result for result in stored(given.dataset, RESULTS)}
     new = {result.run.key: result for result in stored(given.dataset, into)}
     frame = compare([(old[key], new[key]) for key in old], retrained=True)
     moved = frame[~frame["agrees"]]

@@ -1,0 +1,183 @@
+"""The paper's numbers, the plans of its tables, verdicts, and the check of shipped results."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from amedlib import paper, plotting, reproduce, study
+from amedlib.study import BLOCKS, Result, Run, save_result
+
+
+def result(what, value, replicates=None):
+    replicates = [value] * BLOCKS if replicates is None else list(replicates)
+    return Result(what, value, replicates, {}, what.nfe, 1.0, "cpu", {}, "", "")
+
+
+def test_table2_is_complete():
+    frame = paper.published("table2")
+    counts = frame.groupby("dataset").size()
+    assert dict(counts) == {"cifar10": 32, "imagenet64": 32, "ffhq": 24, "lsun_bedroom": 24}
+    assert not frame.duplicated(["dataset", "method", "nfe"]).any()
+    # Three cells that the text quotes as differences (Sec. 4.2): 6.45, 5.24 and 4.63.
+    at_five = frame[frame["nfe"] == 5].set_index(["dataset", "method"])["value"]
+    for dataset, gain in (("cifar10", 6.45), ("imagenet64", 5.24), ("ffhq", 4.63)):
+        found = at_five[dataset, "iPNDM"] - at_five[dataset, "AMED-Plugin (iPNDM)"]
+        assert found == pytest.approx(gain, abs=1e-9)
+
+
+def test_every_row_of_ours_has_the_papers_numbers():
+    values = paper.paper_values("table2", "cifar10")
+    assert set(values["method"]) == set(paper.METHODS)
+    assert len(values) == 4 * len(paper.METHODS)
+
+
+def test_plans_ask_for_the_papers_settings():
+    planned = paper.plan_table2("digits")
+    assert len(planned) == 4 * (6 + 2 * 3)
+    for row in planned.itertuples():
+        method = paper.METHODS[row.method]
+        assert row.run.nfe == row.nfe
+        assert row.run.schedule == method.schedule
+        assert (row.run.predictor is not None) == method.learned
+    schedules = planned.groupby("method")["schedule"].unique()
+    assert list(schedules["UniPC"]) == list(schedules["DPM-Solver++(3M)"]) == ["logsnr"]
+    assert list(schedules["iPNDM"]) == ["polynomial"]
+
+
+def test_the_whole_study_has_no_run_twice():
+    runs = reproduce.whole_study("digits")
+    assert len({what.key for what in runs}) == len(runs)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"schedule": "linear"}, "schedule must be one of"),
+        ({"nfes": []}, "nfes and seeds must be not empty"),
+        ({"nfes": [4]}, "nfe must be one that this method can have with AFS"),
+        ({"methods": ["Euler"]}, "method must be one of"),
+        ({"n_samples": -1}, "samples must be a whole number"),
+        ({"dataset": "cats"}, "dataset must be one of"),
+    ],
+)
+def test_bad_plans_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        paper.plan_table2(**({"dataset": "digits"} | arguments))
+
+
+def made_up_table(ours, theirs, noise):
+    """Results of AMED-Plugin (three seeds) and iPNDM at 5 NFE, with common sampling noise."""
+    wobble = noise * np.random.default_rng(0).normal(size=BLOCKS)
+    planned = paper.plan_table2("digits", ["iPNDM", "AMED-Plugin"], nfes=[5])
+    rows = []
+    for i, row in enumerate(planned.itertuples()):
+        value = theirs if row.method == "iPNDM" else ours + 0.01 * i
+        rows.append(result(row.run, value, value + wobble))
+    return planned.assign(result=rows)
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, expected",
+    [(5.0, 7.0, "holds"), (7.0, 5.0, "does not hold"), (5.0, 5.02, "undecided")],
+)
+def test_verdicts(ours, theirs, expected):
+    judged = paper.judge("table2", made_up_table(ours, theirs, noise=0.5))
+    row = judged[(judged["better"] == "AMED-Plugin") & (judged["worse"] == "iPNDM")].iloc[0]
+    assert row["verdict"] == expected
+    assert row["difference"] == pytest.approx(ours - theirs, abs=0.05)
+    assert row["low"] < row["difference"] < row["high"]
+
+
+def test_one_training_seed_decides_nothing():
+    measured = made_up_table(1.0, 9.0, noise=0.1)
+    one = measured[
+        [r.run.predictor is None or r.run.predictor["seed"] == 0 for r in measured.result]
+    ]
+    assert set(paper.judge("table2", one)["verdict"]) == {"undecided"}
+
+
+def test_interval_formatting():
+    assert paper.with_interval(12.345, 1.234) == "12.3 ± 1.2"
+    assert paper.with_interval(0.01234, 0.00056) == "0.01234 ± 0.00056"
+    assert paper.with_interval(1234.5, 99.0) == "1234 ± 99"
+    assert paper.with_interval(4.7961, 0.0) == "4.796"
+
+
+def test_tables_show_both_sides_and_the_best_in_bold():
+    measured = made_up_table(5.0, 7.0, noise=0.1)
+    table = plotting.comparison_table(
+        paper.estimates(measured), paper.paper_values("table2", "cifar10")
+    )
+    html = table.to_html()
+    assert "7.14" in html and "13.59" in html  # the paper's numbers
+    assert "±" in html
+    assert html.count("font-weight: bold") == 1
+
+
+@pytest.fixture(autouse=True)
+def coarse_solution(monkeypatch):
+    """The ODE's solution in 8 steps: what it is does not matter here."""
+    monkeypatch.setattr(study, "SOLUTION", study.SOLUTION | {"num_steps": 9})
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A store with three real results of the digits."""
+    what = Run(solver="euler", nfe=2, samples=40, options={})
+    runs = [what, replace(what, nfe=3), replace(what, solver="ipndm")]
+    study.run_all(runs, tmp_path, progress=False)
+    return tmp_path, runs
+
+
+def test_a_spot_check_finds_what_has_moved(store, monkeypatch):
+    folder, runs = store
+    monkeypatch.setattr(reproduce, "whole_study", lambda dataset: runs)
+    seed, frame = reproduce.spot_check("digits", 3, seed=7, results_dir=folder, seconds=99.0)
+    assert seed == 7
+    assert frame["agrees"].all() and len(frame) == 3
+    path = study.result_path(runs[1], folder)
+    content = json.loads(path.read_text())
+    content["value"] *= 1.2
+    path.write_text(json.dumps(content))
+    _, frame = reproduce.spot_check("digits", 3, seed=7, results_dir=folder, seconds=99.0)
+    assert list(frame["agrees"]).count(False) == 1
+    assert not frame.loc[frame["NFE"] == 3, "agrees"].all()
+
+
+def test_a_spot_check_needs_enough_results(store, monkeypatch):
+    folder, runs = store
+    monkeypatch.setattr(reproduce, "whole_study", lambda dataset: runs)
+    with pytest.raises(ValueError, match="at most the number of shipped results, 3; 4 was given"):
+        reproduce.spot_check("digits", 4, results_dir=folder, seconds=99.0)
+
+
+def test_retrained_predictors_may_move_further(tmp_path):
+    learned = Run(solver="amed", nfe=3, afs=True, predictor={}, samples=40)
+    old, new = result(learned, 10.0), result(learned, 10.5)
+    assert reproduce.compare([(old, new)], retrained=True)["agrees"].all()
+    assert not reproduce.compare([(old, new)], retrained=False)["agrees"].any()
+    plain = Run(nfe=3, samples=40)
+    pair = result(plain, 10.0), result(plain, 10.5)
+    assert not reproduce.compare([pair], retrained=True)["agrees"].any()
+
+
+def test_reproduction_fails_when_a_number_moves(tmp_path, monkeypatch, capsys):
+    what = Run(solver="euler", nfe=2, samples=40)
+    monkeypatch.setattr(reproduce, "whole_study", lambda dataset: [what])
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "shipped")
+    monkeypatch.setattr(reproduce, "AGAIN", tmp_path / "again")
+    assert reproduce.main(["digits", "--fill", "--workers", "1"]) == 0
+    assert reproduce.main(["digits", "--workers", "1"]) == 0
+    shipped = study.load_result(what, tmp_path / "shipped")
+    save_result(replace(shipped, value=shipped.value + 1), tmp_path / "shipped")
+    assert reproduce.main(["digits", "--workers", "1"]) == 1
+    assert "1 beyond their tolerance" in capsys.readouterr().out
+
+
+def test_estimates_keep_the_order_of_the_plan():
+    frame = paper.estimates(made_up_table(5.0, 7.0, noise=0.1))
+    assert list(frame["method"]) == ["iPNDM", "AMED-Plugin"]
+    assert isinstance(frame, pd.DataFrame)

@@ -419,4 +419,4 @@ def with_interval(value: float, half: float) -> str:
     if not half > 0:
         return f"{value:.4g}"
     digits = max(0, 1 - int(np.floor(np.log10(half))))
-    return f"{value:.{digits}f} ± {half:.{digits}f}"
+    return f"{value:.{digits}f} ± {half:.{digits}f}".replace("-", "−")

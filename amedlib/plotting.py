@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from IPython.display import Markdown, display
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FixedLocator, NullFormatter
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from amedlib.paper import against_baseline, estimates, with_interval
@@ -80,7 +80,7 @@ def _axis_of_nfe(axes, nfes):
 
 def _log_scale(axes):
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.autograd.forward_ad as fwad
@@ -137,26 +138,54 @@ def squared_l2(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 # --- differentiating the frozen network ---------------------------------------------------------
 
 
-class _LinearInOneCall(TorchFunctionMode):
-    """Convolves a dual number's primal and tangent in one batch, to read the weights once."""
+def _linear(function):
+    def rule(x, dx, weight, bias=None, *rest, **options):
+        y = function(x, weight, bias, *rest, **options)
+        return y, function(dx, weight, None, *rest, **options)
 
-    functions = (F.conv2d, F.conv_transpose2d, F.linear)
+    return rule
+
+
+def _group_norm(x, dx, groups, weight=None, bias=None, eps=1e-5):
+    x, dx = x.contiguous(), dx.contiguous()
+    size = (*x.shape[:2], x[0, 0].numel(), groups)
+    y, mean, rstd = torch.native_group_norm(x, weight, bias, *size, eps)
+    # The Jacobian of the normalisation is symmetric: its backward kernel is its forward derivative.
+    only_input = [True, False, False]
+    backward = torch.ops.aten.native_group_norm_backward
+    dy, _, _ = backward(dx, x, mean, rstd, None, *size, only_input)
+    if weight is not None:
+        dy = dy * weight.reshape(1, -1, *[1] * (x.ndim - 2))
+    return y, dy
+
+
+def _scaling(function):
+    def rule(x, dx, factor):
+        return None if torch.is_tensor(factor) else (function(x, factor), function(dx, factor))
+
+    return rule
+
+
+class _FrozenLayers(TorchFunctionMode):
+    """Rules by which a dual number passes the layers that take most of the time.
+
+    PyTorch's own rules give the same derivative, but allow for tangents of the weights, which are
+    frozen here, and take group normalisation to pieces: together twice the time.
+    """
+
+    rules: ClassVar = {
+        **{f: _linear(f) for f in (F.conv2d, F.conv_transpose2d, F.linear)},
+        **{f: _scaling(f) for f in (torch.Tensor.mul, torch.Tensor.div)},
+        F.group_norm: _group_norm,
+    }
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if function in self.functions:
-            primal, tangent = fwad.unpack_dual(args[0])
-            if tangent is not None:
-                args = list(args)
-                bias = args.pop(2) if len(args) > 2 else kwargs.pop("bias", None)
-                if len(args) > 2:  # whatever follows the bias by position
-                    args.insert(2, None)
-                both = function(torch.cat([primal, tangent]), *args[1:], **kwargs)
-                primal, tangent = both.chunk(2)
-                if bias is not None:
-                    shape = [1, -1] + [1] * (primal.ndim - 2)
-                    primal = primal + (bias if function is F.linear else bias.reshape(shape))
-                return fwad.make_dual(primal, tangent)
+        kwargs = kwargs or {}
+        if function in self.rules:
+            x, dx = fwad.unpack_dual(args[0])
+            passed = None if dx is None else self.rules[function](x, dx, *args[1:], **kwargs)
+            if passed is not None:
+                return fwad.make_dual(*passed)
         return function(*args, **kwargs)
 
 
@@ -172,7 +201,7 @@ def forward_derivative(denoiser, x, t, dx, dt, labels=None):
     Returns:
         Two tensors [B, C, H, W].
     """
-    with torch.no_grad(), _LinearInOneCall():
+    with torch.no_grad(), _FrozenLayers():
         out = denoiser(fwad.make_dual(x, dx), fwad.make_dual(t, dt), labels)
         return tuple(fwad.unpack_dual(out))
 

@@ -4,10 +4,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwad
 from toys import TinyNet
 
+from amedlib.denoisers import edm
 from amedlib.sampling import Sampler
-from amedlib.training import Trainer, Training, load_predictor, squared_l2, train
+from amedlib.training import (
+    Trainer,
+    Training,
+    forward_derivative,
+    load_predictor,
+    squared_l2,
+    train,
+)
 
 SHAPE = (1, 8, 8)
 STUDENTS = [
@@ -56,6 +65,34 @@ def test_forward_mode_equals_reverse_mode(solver, options, recipe):
     for a, b in zip(reverse, forward, strict=True):
         assert a.norm() > 0
         assert (a - b).norm() / a.norm() < 1e-8
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"model_type": "SongUNet", "encoder_type": "residual", "resample_filter": [1, 3, 3, 1]},
+        {"model_type": "SongUNet", "attn_resolutions": [4]},
+        {"model_type": "DhariwalUNet", "attn_resolutions": [4]},
+    ],
+)
+def test_forward_derivative_of_the_networks(model):
+    """<g, J v> is the same in forward mode and, as <J^T g, v>, in reverse mode."""
+    small = {"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1}
+    net = edm.build("EDMPrecond", {"img_resolution": 8, "img_channels": 1, **small, **model})
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # at the start some layers are zero
+        for parameter in net.double().eval().requires_grad_(False).parameters():
+            parameter += torch.randn(parameter.shape, generator=generator) / 5
+    x, dx, g = torch.randn(3, 4, 1, 8, 8, generator=generator).double()
+    t, dt = torch.rand(2, 4, 1, 1, 1, generator=generator).double() + 0.5
+    with fwad.dual_level():
+        denoised, derivative = forward_derivative(net, x, t, dx, dt)
+    inputs = x.requires_grad_(), t.requires_grad_()
+    same = net(*inputs)
+    torch.testing.assert_close(denoised, same.detach(), rtol=1e-12, atol=1e-12)
+    by_x, by_t = torch.autograd.grad(same, inputs, g)
+    reverse = ((by_x * dx).sum() + (by_t * dt).sum()).item()
+    assert (derivative * g).sum().item() == pytest.approx(reverse, rel=1e-9)
 
 
 def test_gradient_against_finite_differences():

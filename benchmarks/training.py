@@ -55,12 +55,10 @@ def peak_memory(name: str, form: str, gradient: str) -> dict[str, float]:
     """MiB at the peak of one batch: of tensors beyond the weights, and of this whole process."""
     net, shape, batch, points, _ = network(name)
     training = trainer(net, shape, batch, points, form, gradient)
-    training.step()
-    # In KiB, on macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     with TensorMemory(net.parameters()) as memory:
         training.step()
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    process *= 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return {"tensors": memory.peak / MIB, "process": process / MIB}
 
 

@@ -378,6 +378,26 @@ def judge(table: str, measured: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def by_training_seed(
+    dataset: str, method: str, nfe: int, seeds=SEEDS, n_samples: int = 5000, **how
+) -> pd.DataFrame:
+    """One method at one NFE, a row per training seed: quality, r and final loss of every step."""
+    columns = {}
+    for metric, n in (("fd", n_samples), ("endpoint_error", n_samples), ("learned_r", 1000)):
+        planned = plan_table2(dataset, [method], [nfe], seeds, n, metric=metric)
+        columns[metric] = measure(planned, **how)["result"]
+    rows = {}
+    for i, seed in enumerate(seeds):
+        curves = columns["learned_r"][i].curves
+        rows[f"seed {seed}"] = {
+            ("final", "FD"): columns["fd"][i].value,
+            ("final", "endpoint error"): columns["endpoint_error"][i].value,
+            **{("learned r", f"step {n}"): r for n, r in enumerate(curves["r"], 1)},
+            **{("loss", f"step {n}"): loss for n, loss in enumerate(curves["loss"], 1)},
+        }
+    return pd.DataFrame(rows).T
+
+
 def against_baseline(measured: pd.DataFrame, baseline: str) -> dict[str, Estimate]:
     """Paired difference of every variant to a baseline, by variant; columns variant, result."""
     results = {key: group["result"].tolist() for key, group in measured.groupby("variant")}

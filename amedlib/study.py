@@ -568,8 +568,12 @@ def local_error(run: Run, context: Context) -> dict[str, Measured]:
 
 
 def learned_r(run: Run, context: Context) -> dict[str, Measured]:
-    """Figure 7: the largest r_n over the steps, in the mean over samples; r of every step."""
+    """Figure 7: the largest r_n over the steps, in the mean over samples; r of every step.
+
+    Beside r stands the loss of every step, in the mean over the last ten batches of training.
+    """
     predictor, solver = context.intermediate(run), make_solver(run.solver, **run.options)
+    log = load_tensors(predictor_path(run, context.results_dir))[0]["log"]
 
     def measure(seeds):
         rows = []
@@ -590,6 +594,7 @@ def learned_r(run: Run, context: Context) -> dict[str, Measured]:
         "t": run.times().tolist(),
         "r": whole.mean.tolist(),
         "r_sd": np.sqrt(np.diag(whole.covariance).clip(0)).tolist(),
+        "loss": log[-10:, :, 0].mean(0).tolist(),
     }
     return {"learned_r": Measured(value, replicates, curves, run.nfe)}
 

@@ -558,7 +558,9 @@ def local_error(run: Run, context: Context) -> dict[str, Measured]:
         truth = geometry.accurate_solution(denoiser, latents, times, refined, accurate)
         errors = geometry.local_errors(denoiser, truth, times, solver, intermediate)
         # Mean squares add up over batches; errors are already root mean squares of this one.
-        return {"square": Moments(len(seeds), len(seeds) * errors.square().numpy(), np.zeros(()))}
+        return {
+            "square": Moments(len(seeds), len(seeds) * errors.square().cpu().numpy(), np.zeros(()))
+        }
 
     blocks = _by_block(run, context, measure)
     value, replicates = _curve_blocks(blocks, "square", lambda square: np.sqrt(square).mean())

@@ -254,7 +254,8 @@ def _teach(denoiser, x, config, labels):
         Two lists over n = 0..N-1: the states y_n, and for n < N-1 the evaluation (D, bottleneck) at
         y_n or ``None``.
     """
-    teacher = Sampler(denoiser, x, config.teacher_times(), config.teacher_solver(), labels=labels)
+    times = config.teacher_times().to(x.device)
+    teacher = Sampler(denoiser, x, times, config.teacher_solver(), labels=labels)
     states, evaluations = [], []
     for i in range(len(teacher.times) - 1):
         evaluated = teacher.advance()
@@ -294,7 +295,8 @@ class Trainer:
             denoiser.requires_grad_(False)
         self.denoiser, self.config, self.shape = denoiser, config, shape
         self.distance, self.device = distance, device
-        self.times, self.solver = config.times(), make_solver(config.solver, **config.options)
+        self.times = config.times().to(device)
+        self.solver = make_solver(config.solver, **config.options)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.predictor = Predictor(

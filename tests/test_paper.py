@@ -181,3 +181,19 @@ def test_estimates_keep_the_order_of_the_plan():
     frame = paper.estimates(made_up_table(5.0, 7.0, noise=0.1))
     assert list(frame["method"]) == ["iPNDM", "AMED-Plugin"]
     assert isinstance(frame, pd.DataFrame)
+
+
+def test_the_readme_states_the_shipped_results():
+    """Every number of its headline, computed again from data/results."""
+    measured = paper.measure(paper.plan_table2("digits"), progress=False)
+    numbers = paper.headline(paper.estimates(measured), paper.judge("table2", measured))
+    readme = (study.RESULTS.parent.parent / "README.md").read_text()
+    for method in ("AMED-Plugin", "iPNDM", "AMED-Solver", "DPM-Solver-2", "DPM-Solver++(3M)"):
+        assert f"| {numbers[f'table2_{method}']} |" in readme
+    single, plugin = (
+        [numbers[f"table2_{c}_{k}"] for k in ("holds", "all", "fails")]
+        for c in ("single-step", "plugin")
+    )
+    text = " ".join(readme.split())
+    assert f"in {single[0]} of {single[1]} comparisons" in text
+    assert f"in {plugin[0]} of {plugin[1]} and makes it worse in {plugin[2]}" in text

@@ -266,6 +266,6 @@ def local_errors(curves: dict[str, dict]) -> Figure:
         ax.plot(np.arange(1, len(found["rms"]) + 1), found["rms"], label=method, **look(method))
     ax.set_yscale("log")
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.set(xlabel="step", ylabel="local error (root mean square norm of the state)")
+    ax.set(xlabel="step", ylabel="local error (RMS norm)")
     figure.legend(loc="outside lower center", ncols=4)
     return figure

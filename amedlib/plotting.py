@@ -1,6 +1,9 @@
 """Figures and tables. One colour and marker per method everywhere; colours tell apart without red
 against green (after Okabe and Ito, 2008). Figures are vector graphics on a transparent ground."""
 
+import json
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -134,6 +137,20 @@ def comparison_table(ours: pd.DataFrame, paper: pd.DataFrame | None = None, unit
     for method, key in best:
         bold.loc[method, key] = "font-weight: bold"
     return frame.style.apply(lambda _: bold, axis=None)
+
+
+def benchmarks(path: Path) -> dict:
+    """What ``python -m benchmarks all --output path`` wrote: the machine, and a frame per part.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"There are no measurements in {path}: python -m benchmarks all --output {path}"
+        )
+    report = json.loads(path.read_text())
+    return {k: v if k == "machine" else pd.DataFrame(v) for k, v in report.items()}
 
 
 MARKS = {"holds": "✓ holds", "does not hold": "✗ does not hold", "undecided": "? undecided"}

@@ -167,12 +167,26 @@ def check_inputs(denoiser, latents, times, solver, intermediate) -> None:
         times.tolist(),
         "at least two positive time points in descending order",
     )
+    require(
+        intermediate is None or callable(intermediate),
+        "intermediate",
+        intermediate,
+        "None or a callable, such as TimeWise or a Predictor",
+    )
     if getattr(intermediate, "uses_bottleneck", False):
         require(
             getattr(denoiser, "gives_bottleneck", False),
             "denoiser",
             denoiser,
             "one that gives its bottleneck, which this intermediate uses",
+        )
+        expected = getattr(intermediate, "bottleneck_size", None)
+        found = getattr(denoiser, "bottleneck_size", None)
+        require(
+            None in (expected, found) or tuple(found) == tuple(expected),
+            "the denoiser's bottleneck_size",
+            found,
+            f"what the predictor was made for, {expected}",
         )
     if hasattr(intermediate, "check"):
         intermediate.check(len(times) - 1)

@@ -89,6 +89,12 @@ class Training:
                 object.__setattr__(self, name, value)
         one_of("loss", self.loss, LOSSES)
         one_of("start", self.start, ("student", "teacher"))
+        require(
+            self.start == "student" or solver.memory <= 2 and solver.order == 1,
+            "start",
+            self.start,
+            f"'student' for {self.solver!r}, whose history belongs to its own trajectory",
+        )
         one_of("gradient", self.gradient, ("reverse", "forward"))
         one_of("teacher", self.teacher, TEACHERS)
         for name in ("m", "images", "batch"):

@@ -8,7 +8,9 @@ import torch.autograd.forward_ad as fwad
 from toys import TinyNet
 
 from amedlib.denoisers import edm
-from amedlib.sampling import Sampler
+from amedlib.intermediate import Predictor
+from amedlib.sampling import Sampler, sample
+from amedlib.solvers import make_solver
 from amedlib.training import (
     Trainer,
     Training,
@@ -200,6 +202,7 @@ def test_a_trained_predictor_survives_the_file(tmp_path):
         ({"recipe": "mine"}, "recipe must be one of 'paper', 'release'; 'mine' was given"),
         ({"teacher": "amed"}, "teacher must be one of"),
         ({"loss": "l3"}, "loss must be one of"),
+        ({"solver": "ipndm", "start": "teacher"}, "start must be 'student' for 'ipndm'"),
         ({"m": 0}, "m must be a whole number of at least 1; 0 was given"),
         ({"images": -1}, "images must be"),
         ({"seed": 1.5}, "seed must be"),
@@ -220,3 +223,12 @@ def test_a_nan_in_the_denoiser_stops_the_training():
     trainer = Trainer(broken, Training(uses_bottleneck=False, batch=2, images=2), SHAPE)
     with pytest.raises(ValueError, match="loss of batch 0, step 0"):
         trainer.step()
+
+
+def test_a_predictor_for_another_bottleneck_is_refused():
+    net, predictor = TinyNet(), Predictor("paper", (8, 8), scale_dir=0.0)
+    times = Training().times()
+    with pytest.raises(ValueError, match=r"bottleneck_size must be .*\(8, 8\); \(4, 4\) was given"):
+        sample(net, torch.zeros(1, *SHAPE), times, make_solver("amed"), intermediate=predictor)
+    with pytest.raises(ValueError, match="intermediate must be None or a callable"):
+        sample(net, torch.zeros(1, *SHAPE), times, make_solver("amed"), intermediate=0.5)

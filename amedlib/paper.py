@@ -408,14 +408,20 @@ def against_baseline(measured: pd.DataFrame, baseline: str) -> dict[str, Estimat
     }
 
 
+def _slug(text: str) -> str:
+    return re.sub("[^A-Za-z0-9]+", "-", text)
+
+
 def plugin_numbers(measured: pd.DataFrame, endpoint: pd.DataFrame) -> dict[str, str]:
-    """Numbers of ``plan_plugin`` for the book's prose: differences with their intervals."""
+    """Numbers of ``plan_plugin`` for the book's prose: values and differences with intervals."""
     numbers = {}
     for metric, frame in (("fd", measured), ("endpoint", endpoint)):
+        for row in estimates(frame, by=("variant",)).itertuples():
+            numbers[f"plugin_{metric}_{_slug(row.variant)}"] = with_interval(row.value, row.half)
         for baseline, short in (("iPNDM", "plain"), ("iPNDM, AFS", "afs")):
             for variant, found in against_baseline(frame, baseline).items():
                 low, high = found.interval
-                name = f"plugin_{metric}_{re.sub('[^A-Za-z0-9]+', '-', variant)}_vs_{short}"
+                name = f"plugin_{metric}_{_slug(variant)}_vs_{short}"
                 numbers[name] = with_interval(found.value, (high - low) / 2)
     return numbers
 

@@ -190,6 +190,9 @@ def test_the_readme_states_the_shipped_results():
     readme = (study.RESULTS.parent.parent / "README.md").read_text()
     for method in ("AMED-Plugin", "iPNDM", "AMED-Solver", "DPM-Solver-2", "DPM-Solver++(3M)"):
         assert f"| {numbers[f'table2_{method}']} |" in readme
+    variants = paper.measure(paper.plan_plugin("digits"), progress=False)
+    afs = paper.plugin_numbers(variants, variants)["plugin_fd_iPNDM-AFS"]
+    assert f"| {afs} |" in readme
     single, plugin = (
         [numbers[f"table2_{c}_{k}"] for k in ("holds", "all", "fails")]
         for c in ("single-step", "plugin")

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from amedlib.checks import one_of, require
-from amedlib.datasets import DATA, load_dataset
+from amedlib.datasets import DATA, describe
 from amedlib.study import Estimate, Run, difference, estimate, run_all
 
 NFES = (3, 5, 7, 9)
@@ -74,7 +74,7 @@ SCHEDULES = ("polynomial", "logsnr", "time_uniform")
 
 def _run(dataset, method: Method, nfe, samples, metric="fd", **fields) -> Run:
     """The Run of a method on a data set; ``fields`` go before what method and data set say."""
-    data = load_dataset(dataset)
+    data = describe(dataset)
     return Run(
         **{
             "metric": metric,
@@ -115,7 +115,7 @@ def plan_table2(
     """
     one_of("schedule", schedule, (None, *SCHEDULES))
     require(len(nfes) > 0 and len(seeds) > 0, "nfes and seeds", (nfes, seeds), "not empty")
-    data = load_dataset(dataset)
+    data = describe(dataset)
     rows = []
     for name in methods:
         one_of("method", name, METHODS)
@@ -139,7 +139,7 @@ def plan_table2(
 
 def plan_table1(dataset: str = "digits", seeds=SEEDS, n_samples: int = 1000) -> pd.DataFrame:
     """Local errors of the single-step solvers over five steps; columns method, nfe, run."""
-    training = RECIPE | load_dataset(dataset).training
+    training = RECIPE | describe(dataset).training
     rows = []
     for name in ("DDIM", "EDM", "DPM-Solver-2", "AMED-Solver"):
         method, nfe = METHODS[name], 5 if name == "DDIM" else 10

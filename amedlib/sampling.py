@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from amedlib.checks import require
+from amedlib.checks import one_of, require
 from amedlib.intermediate import Intermediate, TimeWise
 from amedlib.solvers import Evaluation, Solver, TwoStage
 
@@ -40,6 +40,60 @@ def make_latents(seeds: Iterable[int], shape: tuple[int, ...], device="cpu") -> 
     return latents.to(device)
 
 
+def make_classes(seeds: Iterable[int], classes: int, device="cpu") -> torch.Tensor:
+    """Random classes, one-hot [N, classes] float32; as with latents, one generator per seed.
+
+    The seeds are moved far away from those of the latents, which would otherwise be drawn from the
+    same random bits.
+    """
+    generator = torch.Generator()
+    drawn = [
+        torch.randint(classes, (), generator=generator.manual_seed(10**16 + seed)) for seed in seeds
+    ]
+    return torch.nn.functional.one_hot(torch.stack(drawn), classes).float().to(device)
+
+
+def halved(size: int, what: str, error: Exception) -> int:
+    """Half as many samples at a time, after the memory did not suffice for ``size``.
+
+    Raises:
+        RuntimeError: there is nothing left to halve.
+    """
+    if size == 1:
+        raise RuntimeError(
+            f"The device's memory does not suffice for {what} with a single sample: {error}"
+        ) from error
+    return size // 2
+
+
+PRECISIONS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class _HalfPrecision:
+    def __init__(self, denoiser, dtype):
+        self.denoiser, self.dtype = denoiser, dtype
+
+    def __getattr__(self, name):
+        return getattr(self.denoiser, name)
+
+    def __call__(self, x, t, labels=None, **options):
+        with torch.autocast(x.device.type, self.dtype):
+            return self.denoiser(x, t, labels, **options)
+
+
+def in_precision(denoiser, precision: str):
+    """The denoiser with the matrix products of its network in half precision.
+
+    Normalisations, softmax and all that is outside the network stay as they are (``torch.autocast``).
+
+    Args:
+        precision: ``"float32"`` changes nothing; ``"float16"`` or ``"bfloat16"``.
+    """
+    one_of("precision", precision, PRECISIONS)
+    dtype = PRECISIONS[precision]
+    return denoiser if dtype is None else _HalfPrecision(denoiser, dtype)
+
+
 class Sampler:
     """Samples on their way along a schedule, one interval at a time.
 
@@ -49,7 +103,8 @@ class Sampler:
 
     Args:
         denoiser: D(x; t) as a callable ``(x, t, labels=None)``. With the attribute
-            ``gives_bottleneck`` it is also asked for its bottleneck (``return_bottleneck=True``).
+            ``gives_bottleneck`` it is also asked for its bottleneck (``return_bottleneck=True``). A
+            call counts ``evaluations_per_call`` evaluations, one unless the denoiser says more.
         x: states at ``times[0]``, [B, C, H, W].
         times: N descending points, float64.
         solver: from ``make_solver``.
@@ -78,7 +133,7 @@ class Sampler:
         self._last = (1, 1.0)  # order and scale of the latest step, for the corrector
 
     def _evaluate(self, t, bottleneck=False):
-        self.nfe += 1
+        self.nfe += getattr(self.denoiser, "evaluations_per_call", 1)
         if bottleneck and getattr(self.denoiser, "gives_bottleneck", False):
             return self.denoiser(self.x, t, self.labels, return_bottleneck=True)
         return self.denoiser(self.x, t, self.labels), None
@@ -238,13 +293,16 @@ def sample(
 
 
 @cache
-def num_steps_for(nfe: int, solver: Solver, afs: bool = False, intermediate: bool = False) -> int:
+def num_steps_for(
+    nfe: int, solver: Solver, afs: bool = False, intermediate: bool = False, per_call: int = 1
+) -> int:
     """The number of time points with which a method makes ``nfe`` evaluations, found by counting.
 
     Where two numbers do (UniPC on a very short schedule), the larger.
 
     Args:
         intermediate: whether an intermediate step is taken.
+        per_call: evaluations that a call of the denoiser counts; two with classifier-free guidance.
 
     Raises:
         ValueError: the method cannot have this NFE; the sentence says which it can have.
@@ -252,12 +310,12 @@ def num_steps_for(nfe: int, solver: Solver, afs: bool = False, intermediate: boo
     require(isinstance(nfe, int) and nfe >= 1, "nfe", nfe, "a whole number of at least 1")
     middle = TimeWise(0.5) if intermediate else None
     counted = {}
-    for points in range(2, nfe + 4):
+    for points in range(2, nfe // per_call + 4):
         times = torch.linspace(1.0, 0.5, points, dtype=torch.float64)
         out = sample(
             lambda x, t, labels=None: x, torch.ones(1, 1, 1, 1), times, solver, afs, middle
         )
-        counted[out.nfe] = points
+        counted[per_call * out.nfe] = points
     possible = ", ".join(str(n) for n in sorted(counted) if n > 0)
     require(
         nfe in counted,

@@ -41,12 +41,31 @@ def _time_uniform(u, sigma_min, sigma_max, rho):
     return torch.sqrt(torch.expm1(beta_d * tau**2 / 2 + beta_min * tau))
 
 
+# The variances beta of the models that were trained on 1,000 noise levels: the range, and the power
+# in which they are equally spaced. ADM: Dhariwal and Nichol (2021), `noise_schedule` "linear"; the
+# latent models: Rombach et al. (2022), `linear_start` and `linear_end` of their configurations.
+BETAS = {
+    "adm": (1e-4, 0.02, 1),
+    "stable_diffusion": (0.00085, 0.012, 1 / 2),
+    "lsun_bedroom_ldm": (0.0015, 0.0195, 1 / 2),
+}
+
+
+def noise_levels(name: str) -> np.ndarray:
+    """The 1,000 noise levels of a model that was trained on discrete times, ascending, [1000].
+
+    Args:
+        name: ``"adm"``, ``"stable_diffusion"`` or ``"lsun_bedroom_ldm"``.
+    """
+    one_of("noise levels", name, BETAS)
+    first, last, power = BETAS[name]
+    betas = np.linspace(first**power, last**power, 1000) ** (1 / power)
+    alphas = np.cumprod(1 - betas)
+    return np.sqrt((1 - alphas) / alphas)
+
+
 def _discrete(u, sigma_min, sigma_max, sigmas):
-    if sigmas is None:  # the 1000 levels of latent diffusion and Stable Diffusion v1
-        betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
-        alphas = np.cumprod(1 - betas)
-        sigmas = np.sqrt((1 - alphas) / alphas)
-    sigmas = np.asarray(sigmas, dtype=np.float64)
+    sigmas = noise_levels(sigmas) if isinstance(sigmas, str) else np.asarray(sigmas, np.float64)
     require(
         sigmas.ndim == 1 and len(sigmas) > 1 and bool(np.all(np.diff(sigmas) > 0)),
         "sigmas",
@@ -92,8 +111,8 @@ def make_schedule(
         sigma_min, sigma_max: the ends, 0 < sigma_min < sigma_max.
         rho: exponent, positive; 7 for polynomial and 1 for time_uniform unless given. The other
             two have none and ignore it.
-        sigmas: ascending noise levels of the model, for ``"discrete"`` only; those of Stable
-            Diffusion v1 unless given.
+        sigmas: ascending noise levels of the model, for ``"discrete"`` only: numbers, or a name of
+            ``noise_levels``; those of Stable Diffusion v1 unless given.
 
     Raises:
         ValueError: an argument is outside its range.
@@ -122,6 +141,7 @@ def make_schedule(
     elif name == "time_uniform":
         times = _time_uniform(u, sigma_min, sigma_max, rho)
     else:
+        sigmas = "stable_diffusion" if sigmas is None else sigmas
         times = _discrete(u, sigma_min, sigma_max, sigmas)
     # The ends are what was asked for, to the last bit.
     times[0], times[-1] = sigma_max, sigma_min

@@ -350,7 +350,9 @@ class UniPC(ExponentialMultistep):
         ratios = torch.stack(torch.broadcast_tensors(*[r + 0 * hh for r in ratios]), dim=-1)
         powers = torch.arange(len(right), device=ratios.device)[:, None]
         matrix = ratios[..., None, :] ** powers
-        weights = torch.linalg.solve(matrix, torch.stack(right, dim=-1)[..., None])[..., 0]
+        # The form that does not wait for a GPU to report whether the matrix was singular.
+        weights, _ = torch.linalg.solve_ex(matrix, torch.stack(right, dim=-1)[..., None])
+        weights = weights[..., 0]
         return bound * sum(weights[..., j] * d for j, d in enumerate(differences))
 
     def _higher_terms(self, history, h, hh, new=None):

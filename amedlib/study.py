@@ -28,11 +28,11 @@ from tqdm.auto import tqdm
 
 from amedlib import geometry
 from amedlib.checks import one_of, require
-from amedlib.datasets import DATA, Dataset, load_dataset
+from amedlib.datasets import DATA, Dataset, describe, load_dataset
 from amedlib.files import load_tensors, save_tensors, write_atomically
 from amedlib.intermediate import TimeWise
 from amedlib.metrics import Moments, jackknife_error, leave_one_out, moments_distance
-from amedlib.sampling import make_latents, num_steps_for, sample
+from amedlib.sampling import PRECISIONS, halved, in_precision, make_latents, num_steps_for, sample
 from amedlib.schedules import make_schedule
 from amedlib.solvers import TwoStage, make_solver
 from amedlib.training import Training, train
@@ -44,7 +44,10 @@ BLOCKS = 10  # disjoint blocks of samples, for the jackknife
 # --- Run and Result -----------------------------------------------------------------------------
 
 # The fields of Training that a Run states itself.
-_SHARED = ("solver", "options", "schedule", "rho", "num_steps", "sigma_min", "sigma_max", "afs")
+_SHARED = (
+    *("solver", "options", "schedule", "rho", "num_steps", "sigma_min", "sigma_max"),
+    *("noise_levels", "afs", "precision"),
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class Run:
         dataset: a name that ``load_dataset`` knows.
         solver, options: as in ``make_solver``.
         schedule, rho, sigma_min, sigma_max: as in ``make_schedule``.
+        noise_levels: the model's own, for the schedule ``"discrete"``.
+        precision: in which the network computes, see ``in_precision``.
         nfe: network evaluations per sample; the number of time points follows from it.
         afs: analytical first step.
         r: intermediate of fixed location: a number, or one per step.
@@ -77,6 +82,8 @@ class Run:
     rho: float | None = None
     sigma_min: float = 0.002
     sigma_max: float = 80.0
+    noise_levels: str | None = None
+    precision: str = "float32"
     nfe: int = 5
     afs: bool = False
     r: float | tuple[float, ...] | None = None
@@ -87,6 +94,8 @@ class Run:
 
     def __post_init__(self):
         one_of("metric", self.metric, PROCEDURES)
+        one_of("precision", self.precision, PRECISIONS)
+        describe(self.dataset)
         if self.version is None:
             object.__setattr__(self, "version", PROCEDURES[self.metric].version)
         for name, low in (("samples", 2 * BLOCKS), ("first_seed", 0)):
@@ -124,7 +133,8 @@ class Run:
             require(
                 middle, "r and predictor", None, f"given, one of them, for solver {self.solver!r}"
             )
-        return num_steps_for(self.nfe, solver, self.afs, middle)
+        per_call = describe(self.dataset).evaluations_per_call
+        return num_steps_for(self.nfe, solver, self.afs, middle, per_call)
 
     @property
     def training(self) -> Training:
@@ -134,9 +144,15 @@ class Run:
 
     def times(self) -> torch.Tensor:
         """The time points [N]."""
-        return make_schedule(
-            self.schedule, self.num_steps, self.sigma_min, self.sigma_max, self.rho
-        )
+        return self._schedule(self.num_steps)
+
+    def refined(self, every: int) -> torch.Tensor:
+        """The time points with ``every`` steps for one."""
+        return self._schedule(every * (self.num_steps - 1) + 1)
+
+    def _schedule(self, points):
+        ends = self.sigma_min, self.sigma_max
+        return make_schedule(self.schedule, points, *ends, self.rho, self.noise_levels)
 
     @property
     def key(self) -> str:
@@ -315,8 +331,14 @@ class Context:
     device: str
     progress: bool
 
+    def denoiser(self, run: Run) -> Callable:
+        return in_precision(self.data.denoiser, run.precision)
+
     def latents(self, seeds) -> torch.Tensor:
         return make_latents(seeds, self.data.shape, self.device)
+
+    def labels(self, seeds) -> torch.Tensor | None:
+        return self.data.labels and self.data.labels(seeds)
 
     def intermediate(self, run: Run):
         """What a Run says of the intermediate; trains the predictor if nobody has."""
@@ -333,6 +355,7 @@ class Context:
             self.data.distances(training.loss),
             self.device,
             self.progress,
+            self.data.labels,
         ).to(self.device)
 
 
@@ -345,18 +368,27 @@ def _blocks(run: Run) -> list[torch.Tensor]:
 def _by_block(run: Run, context: Context, measure, path: Path | None = None) -> list[dict]:
     """``measure(seeds) -> {name: Moments}`` over all samples, batch by batch, added up per block.
 
-    With ``path``, finished blocks are kept there, and a killed run goes on from them.
+    With ``path``, finished blocks are kept there, and a killed run goes on from them. A batch that
+    the memory does not suffice for is halved.
     """
     done = _load_blocks(path) if path else []
     seeds_of = _blocks(run)
+    batch = context.data.batch
     label = f"{run.dataset}, {run.solver}, NFE {run.nfe}"
     with tqdm(total=run.samples, desc=label, leave=False, disable=not context.progress) as bar:
         bar.update(sum(len(seeds) for seeds in seeds_of[: len(done)]))
         for seeds in seeds_of[len(done) :]:
-            block = {}
-            for part in torch.split(seeds, context.data.batch):
-                for name, moments in measure(part.tolist()).items():
+            block, first = {}, 0
+            while first < len(seeds):
+                part = seeds[first : first + batch].tolist()
+                try:
+                    found = measure(part)
+                except torch.OutOfMemoryError as error:
+                    batch = halved(len(part), "sampling", error)
+                    continue
+                for name, moments in found.items():
                     block[name] = block[name] + moments if name in block else moments
+                first += len(part)
                 bar.update(len(part))
             done.append(block)
             if path:
@@ -391,33 +423,56 @@ def _root_mean_square(moments: Moments) -> float:
 
 
 def quality(run: Run, context: Context) -> dict[str, Measured]:
-    """FD of features, FD of raw pixels and endpoint error, all from one set of samples."""
+    """All that can be said of one set of samples: FD of features and of pixels, endpoint error.
+
+    The endpoint error is left out where there are more samples than the data set keeps solutions
+    for, and a distance where the data set has no reference for it.
+    """
     data, nfe = context.data, run.nfe
     solver, times = make_solver(run.solver, **run.options), run.times()
+    reference = data.reference if data.feature_distance_name else {}
+    metrics = [*reference, *["endpoint_error"] * (run.samples <= data.endpoint_samples)]
+    require(
+        run.metric in metrics,
+        "metric",
+        run.metric,
+        f"one that {data.name!r} has for {run.samples} samples ({', '.join(metrics) or 'none'}); "
+        f"the endpoint error has at most {data.endpoint_samples}",
+    )
     intermediate = context.intermediate(run)
-    solution = accurate_endpoints(run, context)
+    solution = accurate_endpoints(run, context) if "endpoint_error" in metrics else None
 
     def measure(seeds):
         nonlocal nfe
-        out = sample(data.denoiser, context.latents(seeds), times, solver, run.afs, intermediate)
+        out = sample(
+            context.denoiser(run),
+            context.latents(seeds),
+            times,
+            solver,
+            run.afs,
+            intermediate,
+            context.labels(seeds),
+        )
         require(bool(torch.isfinite(out.x).all()), "samples", "NaN or inf", "finite")
         nfe = out.nfe
-        images = data.to_images(out.x)
-        rows = [seed - run.first_seed for seed in seeds]
-        distances = geometry.distance(out.x.cpu(), solution[rows])
-        return {
-            "fd": Moments.of(data.features(images).cpu()),
-            "fd_pixels": Moments.of(images.flatten(1).cpu()),
-            "endpoint_error": Moments.of(distances[:, None]),
-        }
+        found = {}
+        if reference:
+            images = data.to_images(out.x)
+            found["fd"] = Moments.of(data.features(images).cpu())
+        if "fd_pixels" in reference:
+            found["fd_pixels"] = Moments.of(images.flatten(1).cpu())
+        if solution is not None:
+            rows = [seed - run.first_seed for seed in seeds]
+            distances = geometry.distance(out.x.cpu(), solution[rows])
+            found["endpoint_error"] = Moments.of(distances[:, None])
+        return found
 
     partial = result_path(run, context.results_dir).with_suffix(".partial")
     blocks = _by_block(run, context, measure, partial)
     measured = {}
-    for metric in ("fd", "fd_pixels", "endpoint_error"):
-        reference = data.reference.get(metric)
+    for metric in metrics:
 
-        def statistic(moments, reference=reference):
+        def statistic(moments, reference=reference.get(metric)):
             if reference is None:
                 return _root_mean_square(moments)
             return moments_distance(moments, reference)
@@ -435,7 +490,8 @@ SOLUTION = {"solver": "unipc", "options": {"order": 3, "thresholding": False}, "
 def _solve(run: Run, context: Context, seeds, points: int) -> torch.Tensor:
     times = make_schedule("logsnr", points, run.sigma_min, run.sigma_max)
     solver = make_solver(SOLUTION["solver"], **SOLUTION["options"])
-    return sample(context.data.denoiser, context.latents(seeds), times, solver).x
+    denoiser, latents = context.denoiser(run), context.latents(seeds)
+    return sample(denoiser, latents, times, solver, labels=context.labels(seeds)).x
 
 
 def accurate_endpoints(run: Run, context: Context) -> torch.Tensor:
@@ -444,6 +500,7 @@ def accurate_endpoints(run: Run, context: Context) -> torch.Tensor:
     Made once per latent set and kept, in single precision, beside the results.
     """
     what = [SOLUTION, run.sigma_min, run.sigma_max, run.first_seed, run.samples]
+    what += [run.precision] * (run.precision != "float32")
     folder = _folder(context.results_dir, run) / "endpoints"
     path = folder / f"{_hash(what)}.safetensors"
     if not path.is_file():
@@ -471,6 +528,7 @@ def endpoint_accuracy(run: Run, context: Context) -> dict[str, Measured]:
 def floor(run: Run, context: Context) -> dict[str, Measured]:
     """Distance of a random half of the real reference images to the other half, over 20 splits."""
     images = context.data.real_images
+    require(images is not None, "dataset", run.dataset, "one that has its real images at hand")
     n = len(images) // 2
     features = {"fd": context.data.features(images), "fd_pixels": images.flatten(1)}
     measured = {}
@@ -500,7 +558,13 @@ def trajectory_pca(run: Run, context: Context) -> dict[str, Measured]:
     def measure(seeds):
         nonlocal nfe
         out = sample(
-            context.data.denoiser, context.latents(seeds), times, solver, run.afs, trajectory=True
+            context.denoiser(run),
+            context.latents(seeds),
+            times,
+            solver,
+            run.afs,
+            labels=context.labels(seeds),
+            trajectory=True,
         )
         nfe = out.nfe
         pca = geometry.trajectory_pca(out.trajectory)
@@ -521,25 +585,22 @@ def _sum(values):
     return sum(rest, start=first)
 
 
-def _refined(run: Run, every: int) -> torch.Tensor:
-    """The Run's schedule with ``every`` steps for one."""
-    points = every * (run.num_steps - 1) + 1
-    return make_schedule(run.schedule, points, run.sigma_min, run.sigma_max, run.rho)
-
-
 # The grid of Table 3: 0.02 to 0.98.
 GRID = tuple(round(0.02 * i, 2) for i in range(1, 50))
 
 
 def grid_search(run: Run, context: Context) -> dict[str, Measured]:
     """Figure 5: relative alignment with the best r of a grid, in the mean over the steps."""
-    denoiser, times = context.data.denoiser, run.times()
-    latents = context.latents(torch.cat(_blocks(run)).tolist())
+    denoiser, times = context.denoiser(run), run.times()
+    seeds = torch.cat(_blocks(run)).tolist()
+    latents, labels = context.latents(seeds), context.labels(seeds)
     # The paper's ground truth: Heun with 80 NFE (Sec. 3.3).
-    refined = _refined(run, every=-(-40 // (run.num_steps - 1)))
-    truth = geometry.accurate_solution(denoiser, latents, times, refined, batch=context.data.batch)
+    refined = run.refined(-(-40 // (run.num_steps - 1)))
+    truth = geometry.accurate_solution(
+        denoiser, latents, times, refined, labels=labels, batch=context.data.batch
+    )
     solver = make_solver(run.solver, **run.options)
-    found = geometry.grid_search(denoiser, latents, times, solver, truth, GRID, run.afs)
+    found = geometry.grid_search(denoiser, latents, times, solver, truth, GRID, run.afs, labels)
     curves = {name: values.tolist() for name, values in found._asdict().items()}
     curves |= {"t": run.times().tolist(), "grid": list(GRID)}
     value = float((found.baseline - found.searched).mean())
@@ -549,14 +610,14 @@ def grid_search(run: Run, context: Context) -> dict[str, Measured]:
 def local_error(run: Run, context: Context) -> dict[str, Measured]:
     """Table 1: root mean square error of one step from the solution, in the mean over the steps."""
     solver, intermediate = make_solver(run.solver, **run.options), context.intermediate(run)
-    times, denoiser = run.times(), context.data.denoiser
+    times, denoiser = run.times(), context.denoiser(run)
     accurate = make_solver(SOLUTION["solver"], **SOLUTION["options"])
-    refined = _refined(run, every=40)
+    refined = run.refined(40)
 
     def measure(seeds):
-        latents = context.latents(seeds)
-        truth = geometry.accurate_solution(denoiser, latents, times, refined, accurate)
-        errors = geometry.local_errors(denoiser, truth, times, solver, intermediate)
+        latents, labels = context.latents(seeds), context.labels(seeds)
+        truth = geometry.accurate_solution(denoiser, latents, times, refined, accurate, labels)
+        errors = geometry.local_errors(denoiser, truth, times, solver, intermediate, labels)
         # Mean squares add up over batches; errors are already root mean squares of this one.
         return {
             "square": Moments(len(seeds), len(seeds) * errors.square().cpu().numpy(), np.zeros(()))
@@ -586,7 +647,15 @@ def learned_r(run: Run, context: Context) -> dict[str, Measured]:
             return out
 
         listen.uses_bottleneck = predictor.uses_bottleneck
-        sample(context.data.denoiser, context.latents(seeds), run.times(), solver, run.afs, listen)
+        sample(
+            context.denoiser(run),
+            context.latents(seeds),
+            run.times(),
+            solver,
+            run.afs,
+            listen,
+            context.labels(seeds),
+        )
         return {"r": Moments.of(torch.stack(rows, dim=1).cpu())}
 
     blocks = _by_block(run, context, measure)

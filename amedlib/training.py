@@ -1,6 +1,8 @@
 """Training of g_phi (Algorithm 1): the student learns to meet its teacher after every step."""
 
+import copy
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +17,7 @@ from tqdm.auto import tqdm
 from amedlib.checks import one_of, require
 from amedlib.files import load_tensors, save_tensors
 from amedlib.intermediate import Intermediate, Predictor
-from amedlib.sampling import Sampler, make_latents
+from amedlib.sampling import PRECISIONS, Sampler, halved, in_precision, make_latents
 from amedlib.schedules import make_schedule
 from amedlib.solvers import make_solver
 
@@ -40,6 +42,7 @@ class Training:
     Attributes:
         solver, options: the student, by name and options of ``make_solver``.
         schedule, rho, num_steps, sigma_min, sigma_max: its time points, as in ``make_schedule``.
+        noise_levels: the model's own, for the schedule ``"discrete"``.
         afs: analytical first step of the student. The teacher never uses it.
         recipe: ``"paper"`` or ``"release"``.
         teacher: solver of the teacher; the student's unless given, Heun for AMED-Solver.
@@ -51,6 +54,7 @@ class Training:
         batch: trajectories per update; every batch makes one update per step.
         learning_rate: of Adam.
         gradient: ``"reverse"`` or ``"forward"`` differentiation of the network.
+        precision: in which the network computes, see ``in_precision``.
         seed: of the predictor's initial weights and of the training latents.
     """
 
@@ -61,6 +65,7 @@ class Training:
     num_steps: int = 4
     sigma_min: float = 0.002
     sigma_max: float = 80.0
+    noise_levels: str | None = None
     afs: bool = True
     recipe: str = "release"
     teacher: str | None = None
@@ -75,6 +80,7 @@ class Training:
     batch: int = 128
     learning_rate: float = 5e-3
     gradient: str = "reverse"
+    precision: str = "float32"
     seed: int = 0
 
     def __post_init__(self):
@@ -96,6 +102,7 @@ class Training:
             f"'student' for {self.solver!r}, whose history belongs to its own trajectory",
         )
         one_of("gradient", self.gradient, ("reverse", "forward"))
+        one_of("precision", self.precision, PRECISIONS)
         one_of("teacher", self.teacher, TEACHERS)
         for name in ("m", "images", "batch"):
             value = getattr(self, name)
@@ -120,7 +127,9 @@ class Training:
     def times(self, refinement: int = 1) -> torch.Tensor:
         """The student's time points; with ``refinement = m + 1`` the teacher's."""
         points = refinement * (self.num_steps - 1) + 1
-        return make_schedule(self.schedule, points, self.sigma_min, self.sigma_max, self.rho)
+        return make_schedule(
+            self.schedule, points, self.sigma_min, self.sigma_max, self.rho, self.noise_levels
+        )
 
     def teacher_times(self) -> torch.Tensor:
         """The teacher's time points; every (m+1)-th is the student's, to the last bit."""
@@ -281,6 +290,7 @@ class Trainer:
         shape: of one sample, (C, H, W).
         distance: the loss, images twice [B, C, H, W] to [B]; squared L2 unless given.
         device: where the latents and the predictor are.
+        labels: seeds to what the denoiser gets as labels; nothing unless given.
     """
 
     def __init__(
@@ -290,6 +300,7 @@ class Trainer:
         shape: tuple[int, int, int],
         distance: Callable = squared_l2,
         device="cpu",
+        labels: Callable | None = None,
     ):
         require(
             getattr(denoiser, "gives_bottleneck", False) or not config.uses_bottleneck,
@@ -299,8 +310,11 @@ class Trainer:
         )
         if isinstance(denoiser, torch.nn.Module):
             denoiser.requires_grad_(False)
-        self.denoiser, self.config, self.shape = denoiser, config, shape
+        self.denoiser = in_precision(denoiser, config.precision)
+        self.config, self.shape = config, shape
         self.distance, self.device = distance, device
+        self.labels = labels or (lambda seeds: None)
+        self.part = config.batch  # trajectories at a time; halved when the memory does not suffice
         self.times = config.times().to(device)
         self.solver = make_solver(config.solver, **config.options)
         with torch.random.fork_rng(devices=[]):
@@ -316,10 +330,10 @@ class Trainer:
         self.batches = -(-config.images // config.batch)
         self.log: list[list[tuple[float, float, float]]] = []  # per batch and step: loss, r, its sd
 
-    def latents(self, batch: int) -> torch.Tensor:
-        """The batch-th batch of training latents."""
+    def seeds(self, batch: int) -> range:
+        """The seeds of the batch-th batch of training latents."""
         first = FIRST_TRAINING_SEED * (1 + self.config.seed) + batch * self.config.batch
-        return make_latents(range(first, first + self.config.batch), self.shape, self.device)
+        return range(first, first + self.config.batch)
 
     def losses(self, latents: torch.Tensor, labels=None):
         """Yield, step by step, the loss of the batch (with its graph) and r.
@@ -358,21 +372,53 @@ class Trainer:
             student.detach()
 
     def step(self) -> None:
-        """Train on the next batch: one update of the predictor per step of the student."""
+        """Train on the next batch: one update of the predictor per step of the student.
+
+        A batch that does not fit the memory is taken in parts; its gradients are added up, so the
+        result is the same.
+
+        Raises:
+            RuntimeError: not even one trajectory fits.
+            ValueError: a loss is not finite.
+        """
+        before = copy.deepcopy((self.predictor.state_dict(), self.optimizer.state_dict()))
+        while True:
+            try:
+                rows = self._step()
+                break
+            except torch.OutOfMemoryError as error:
+                self.part = halved(self.part, "training", error)
+                self.predictor.load_state_dict(before[0])
+                self.optimizer.load_state_dict(before[1])
+        self.log.append(rows)
+
+    def _step(self) -> list[tuple[float, float, float]]:
+        seeds = self.seeds(len(self.log))
+        parts = [seeds[i : i + self.part] for i in range(0, len(seeds), self.part)]
+        losses = [
+            self.losses(make_latents(part, self.shape, self.device), self.labels(part))
+            for part in parts
+        ]
         rows = []
-        for loss, r in self.losses(self.latents(len(self.log))):
+        for _ in range(len(self.times) - 1):
+            self.optimizer.zero_grad()
+            total, locations = 0.0, []
+            for part, each in zip(parts, losses, strict=True):
+                loss, r = next(each)
+                loss = loss * (len(part) / len(seeds))
+                loss.backward()
+                total += loss.item()
+                locations.append(r.expand(len(part), 1, 1, 1))
             require(
-                bool(torch.isfinite(loss)),
+                math.isfinite(total),
                 f"the loss of batch {len(self.log)}, step {len(rows)},",
-                loss.item(),
+                total,
                 "finite",
             )
-            self.optimizer.zero_grad()
-            loss.backward()
             self.optimizer.step()
-            spread = r.std().item() if r.numel() > 1 else 0.0
-            rows.append((loss.item(), r.mean().item(), spread))
-        self.log.append(rows)
+            r = torch.cat(locations)
+            rows.append((total, r.mean().item(), r.std().item() if len(r) > 1 else 0.0))
+        return rows
 
     def save(self, path: Path) -> None:
         """Write everything that is needed to go on from here."""
@@ -386,7 +432,7 @@ class Trainer:
         """Go on from what ``save`` wrote; a file of another training is refused."""
         tensors, metadata = load_tensors(path)
         require(
-            json.loads(metadata.get("training", "{}")) == asdict(self.config),
+            Training(**json.loads(metadata["training"])) == self.config,
             "the checkpoint",
             str(path),
             "one of the same training",
@@ -413,6 +459,7 @@ def train(
     distance: Callable = squared_l2,
     device="cpu",
     progress: bool = True,
+    labels: Callable | None = None,
 ) -> Predictor:
     """Train a predictor, or load it if ``path`` holds it; an interrupted training goes on.
 
@@ -423,7 +470,7 @@ def train(
     path = Path(path)
     if path.is_file():
         return load_predictor(path, config)
-    trainer = Trainer(denoiser, config, shape, distance, device)
+    trainer = Trainer(denoiser, config, shape, distance, device, labels)
     partial = path.with_suffix(".partial")
     if partial.is_file():
         trainer.resume(partial)

@@ -9,7 +9,7 @@ from toys import TinyNet
 
 from amedlib.denoisers import edm
 from amedlib.intermediate import Predictor
-from amedlib.sampling import Sampler, sample
+from amedlib.sampling import Sampler, make_classes, make_latents, sample
 from amedlib.solvers import make_solver
 from amedlib.training import (
     Trainer,
@@ -37,7 +37,7 @@ def gradients(config, net):
     trainer = Trainer(net, config, SHAPE)
     trainer.predictor.double()
     result = []
-    for loss, _ in trainer.losses(trainer.latents(0)):
+    for loss, _ in trainer.losses(make_latents(trainer.seeds(0), trainer.shape)):
         trainer.optimizer.zero_grad()
         loss.backward()
         result.append(
@@ -102,7 +102,7 @@ def test_gradient_against_finite_differences():
     net = TinyNet()
     trainer = Trainer(net, config, SHAPE)
     trainer.predictor.double()
-    x = trainer.latents(0).double() * trainer.times[0]
+    x = make_latents(trainer.seeds(0), trainer.shape).double() * trainer.times[0]
 
     def loss():
         student = Sampler(net, x, trainer.times, trainer.solver, False, trainer.predictor)
@@ -127,7 +127,7 @@ def test_shared_evaluations_are_made_once(recipe, afs):
     config = Training(recipe=recipe, afs=afs, num_steps=4, batch=2, images=2)
     net = TinyNet()
     trainer = Trainer(net, config, SHAPE)
-    list(trainer.losses(trainer.latents(0)))
+    list(trainer.losses(make_latents(trainer.seeds(0), trainer.shape)))
     teacher, student = 4 * 3, 2 * 3
     shared = 3 if recipe == "release" else 1
     assert net.images == 2 * (teacher + student - shared)
@@ -172,6 +172,74 @@ def test_resumed_training_equals_an_undisturbed_one(tmp_path):
     assert not (tmp_path / "resumed.partial").exists()
 
 
+class Small:
+    """A denoiser on a device with room for ``room`` samples; remembers the labels it was given."""
+
+    gives_bottleneck = True
+
+    def __init__(self, room):
+        self.net, self.room, self.labels = TinyNet().double(), room, []
+        self.bottleneck_size = self.net.bottleneck_size
+
+    def __call__(self, x, t, labels=None, **options):
+        if len(x) > self.room:
+            raise torch.OutOfMemoryError("this device is small")
+        self.labels.append(labels)
+        return self.net(x, t, **options)
+
+
+@pytest.mark.parametrize("solver", ["amed", "ipndm"])
+def test_a_batch_in_parts_trains_the_same_predictor(solver):
+    config = Training(solver=solver, images=14, batch=7, num_steps=3)
+    trainers = [Trainer(Small(room), config, SHAPE) for room in (7, 2)]
+    for trainer in trainers:
+        trainer.predictor.double()
+        trainer.step()
+        trainer.step()
+    whole, parts = trainers
+    assert (whole.part, parts.part) == (7, 1)
+    torch.testing.assert_close(parts.log, whole.log, rtol=1e-9, atol=1e-12)
+    for a, b in zip(whole.predictor.parameters(), parts.predictor.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+def test_a_device_without_room_for_one_sample_is_named():
+    trainer = Trainer(Small(0), Training(images=4, batch=4, num_steps=3), SHAPE)
+    with pytest.raises(RuntimeError, match="memory does not suffice for training with a single"):
+        trainer.step()
+
+
+def test_labels_belong_to_the_seeds_of_their_latents():
+    net = Small(2)
+    trainer = Trainer(
+        net, Training(images=4, batch=4, num_steps=3), SHAPE, labels=lambda s: make_classes(s, 5)
+    )
+    trainer.step()
+    seen = torch.stack([labels for labels in net.labels if labels is not None])
+    expected = make_classes(trainer.seeds(0), 5).split(2)
+    assert all(any(torch.equal(labels, part) for part in expected) for labels in seen)
+    assert {tuple(labels.argmax(1).tolist()) for labels in seen} == {
+        tuple(part.argmax(1).tolist()) for part in expected
+    }
+
+
+def test_half_precision_changes_the_loss_a_little():
+    arguments = {"img_resolution": 8, "img_channels": 1, "model_type": "SongUNet"}
+    arguments |= {"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1}
+    torch.manual_seed(0)
+    net = edm.build("EDMPrecond", arguments).eval()
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        for gradient in ("reverse", "forward"):
+            config = Training(images=8, batch=8, precision=precision, gradient=gradient)
+            trainer = Trainer(net, config, SHAPE)
+            trainer.step()
+            losses.append(sum(row[0] for row in trainer.log[0]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert 0 < abs(losses[2] - losses[0]) < 0.1 * losses[0]
+    assert losses[3] == pytest.approx(losses[0], rel=0.1)
+
+
 def test_a_checkpoint_of_another_training_is_refused(tmp_path):
     trainer = Trainer(TinyNet(), Training(batch=4, images=8), SHAPE)
     trainer.step()
@@ -209,6 +277,7 @@ def test_a_trained_predictor_survives_the_file(tmp_path):
         ({"solver": "ipndm", "options": {"order": 5}}, "order must be a whole number from 1 to 4"),
         ({"sigma_min": 90.0}, "0 < sigma_min < sigma_max"),
         ({"recipe": "paper", "scale_dir": 0.1}, "must be zero in the form"),
+        ({"precision": "float8"}, "precision must be one of 'float32', 'float16', 'bfloat16'"),
     ],
 )
 def test_bad_configurations_are_refused(arguments, message):

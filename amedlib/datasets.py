@@ -30,18 +30,20 @@ class Entry:
         shape: of a sample, (C, H, W).
         load: makes the ``Dataset`` from the entry and a device.
         sigma_min, sigma_max: range of the noise levels.
-        noise_levels: the model's own levels, for the schedule ``"discrete"``; see ``make_schedule``.
+        noise_levels: the model's own, for the schedule ``"discrete"``; see ``make_schedule``.
         schedule: the one that the paper uses for all methods here; ``None``: each method's own.
         afs: whether the paper uses AFS here, where it uses it at all.
         plugin: the method that the paper applies AMED-Plugin to.
         solver_options: options that a solver gets on this data set, by its name.
         training: fields of ``Training`` that this data set sets.
         samples, nfes: of the paper's tables here.
+        metrics: what is measured of samples; ``"fd"``, ``"fd_pixels"``, ``"endpoint_error"``.
         endpoint_samples: the most for which the ODE's solution is computed and kept.
         batch: samples per network call at most; halved where the memory does not suffice.
         precision: in which the network computes, see ``Run``.
         evaluations_per_call: how many evaluations a call of the denoiser counts.
-        feature_distance_name: what the Frechet distance is called; ``None``: there is none.
+        feature_distance_name: what the Frechet distance is called.
+        reference_name: what samples are compared with, for captions.
         assets: the files that it needs, names in ``amedlib.assets.ASSETS``.
     """
 
@@ -60,11 +62,13 @@ class Entry:
     training: dict = field(default_factory=dict)
     samples: int = 50_000
     nfes: tuple[int, ...] = (3, 5, 7, 9)
+    metrics: tuple[str, ...] = ("fd", "endpoint_error")
     endpoint_samples: int = 5_000
     batch: int = 512
     precision: str = "float32"
     evaluations_per_call: int = 1
-    feature_distance_name: str | None = "FID"
+    feature_distance_name: str = "FID"
+    reference_name: str = "published statistics of the training images"
     assets: tuple[str, ...] = ()
 
 
@@ -190,7 +194,9 @@ _DIGITS = Entry(
     training={"images": 10_000},
     samples=5_000,
     batch=500,
+    metrics=("fd", "fd_pixels", "endpoint_error"),
     feature_distance_name="FD (digits features)",
+    reference_name="1,198 real images",
 )
 
 DATASETS = {

@@ -1,7 +1,7 @@
 """The paper's tables: its numbers, the Runs that measure ours, and the comparison of both."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
@@ -11,7 +11,6 @@ from amedlib.checks import one_of, require
 from amedlib.datasets import DATA, describe
 from amedlib.study import Estimate, Run, difference, estimate, run_all
 
-NFES = (3, 5, 7, 9)
 SEEDS = (0, 1, 2)
 
 
@@ -36,7 +35,6 @@ class Method:
         afs: whether the paper uses AFS for it in Table 2.
         learned: whether an intermediate step is learned.
         predictor: fields of ``Training`` that this row sets.
-        published: its name in the paper's tables, where it differs.
     """
 
     solver: str
@@ -45,7 +43,6 @@ class Method:
     afs: bool = False
     learned: bool = False
     predictor: dict = field(default_factory=dict)
-    published: str | None = None
 
 
 # Table 2, with the settings of Sec. 4.1 and Appendix B: orders, schedules, AFS where NFE is odd.
@@ -58,23 +55,37 @@ METHODS = {
     "EDM": Method("heun", afs=True),
     "AMED-Solver": Method("amed", afs=True, learned=True),
     # M = 2: with M = 1 the teacher makes just the student's number of evaluations (`plugin.ipynb`).
-    "AMED-Plugin": Method(
-        "ipndm",
-        {"order": 4},
-        afs=True,
-        learned=True,
-        predictor={"m": 2},
-        published="AMED-Plugin (iPNDM)",
-    ),
+    "AMED-Plugin": Method("ipndm", {"order": 4}, afs=True, learned=True, predictor={"m": 2}),
 }
 # The first version of the paper, whose tables these are, is the default.
 RECIPE = {"recipe": "paper"}
 SCHEDULES = ("polynomial", "logsnr", "time_uniform")
 
 
+def methods(dataset: str) -> dict[str, Method]:
+    """The methods of Table 2 with what the paper says of them on a data set.
+
+    There AMED-Plugin may be on another solver, all methods on one schedule, and none with AFS.
+    """
+    data = describe(dataset)
+    base = METHODS[data.plugin]
+    plugin = replace(
+        METHODS["AMED-Plugin"], solver=base.solver, options=base.options, schedule=base.schedule
+    )
+    return {
+        name: replace(
+            method, schedule=data.schedule or method.schedule, afs=method.afs and data.afs
+        )
+        for name, method in (METHODS | {"AMED-Plugin": plugin}).items()
+    }
+
+
 def _run(dataset, method: Method, nfe, samples, metric="fd", **fields) -> Run:
     """The Run of a method on a data set; ``fields`` go before what method and data set say."""
     data = describe(dataset)
+    samples = data.samples if samples is None else samples
+    if metric == "endpoint_error":
+        samples = min(samples, data.endpoint_samples)
     return Run(
         **{
             "metric": metric,
@@ -84,6 +95,8 @@ def _run(dataset, method: Method, nfe, samples, metric="fd", **fields) -> Run:
             "schedule": method.schedule,
             "sigma_min": data.sigma_min,
             "sigma_max": data.sigma_max,
+            "noise_levels": data.noise_levels,
+            "precision": data.precision,
             "nfe": nfe,
             "samples": samples,
         }
@@ -93,10 +106,10 @@ def _run(dataset, method: Method, nfe, samples, metric="fd", **fields) -> Run:
 
 def plan_table2(
     dataset: str = "digits",
-    methods=tuple(METHODS),
-    nfes=NFES,
+    names=tuple(METHODS),
+    nfes=None,
     seeds=SEEDS,
-    n_samples: int = 5000,
+    n_samples: int | None = None,
     schedule: str | None = None,
     metric: str = "fd",
     **predictor,
@@ -104,6 +117,8 @@ def plan_table2(
     """The Runs of Table 2: a row per method, NFE and training seed.
 
     Args:
+        names: of methods.
+        nfes, n_samples: those of the paper's tables on this data set unless given.
         schedule: for every method; ``None`` gives each the one that the paper uses for it.
         predictor: fields of ``Training`` for all learned methods, such as ``recipe``.
 
@@ -114,12 +129,13 @@ def plan_table2(
         ValueError: an argument is outside its range, or a method cannot have an NFE.
     """
     one_of("schedule", schedule, (None, *SCHEDULES))
-    require(len(nfes) > 0 and len(seeds) > 0, "nfes and seeds", (nfes, seeds), "not empty")
     data = describe(dataset)
+    nfes = data.nfes if nfes is None else nfes
+    require(len(nfes) > 0 and len(seeds) > 0, "nfes and seeds", (nfes, seeds), "not empty")
     rows = []
-    for name in methods:
+    for name in names:
         one_of("method", name, METHODS)
-        method = METHODS[name]
+        method = methods(dataset)[name]
         for nfe in nfes:
             for seed in seeds if method.learned else [None]:
                 learned = RECIPE | data.training | method.predictor | predictor | {"seed": seed}
@@ -142,7 +158,8 @@ def plan_table1(dataset: str = "digits", seeds=SEEDS, n_samples: int = 1000) -> 
     training = RECIPE | describe(dataset).training
     rows = []
     for name in ("DDIM", "EDM", "DPM-Solver-2", "AMED-Solver"):
-        method, nfe = METHODS[name], 5 if name == "DDIM" else 10
+        method = methods(dataset)[name]
+        nfe = (5 if name == "DDIM" else 10) * describe(dataset).evaluations_per_call
         for seed in seeds if method.learned else [None]:
             learned = training | {"seed": seed} if method.learned else None
             what = _run(dataset, method, nfe, n_samples, "local_error", predictor=learned)
@@ -152,22 +169,24 @@ def plan_table1(dataset: str = "digits", seeds=SEEDS, n_samples: int = 1000) -> 
 
 def plan_figure4(dataset: str = "digits", n_samples: int = 1000) -> pd.DataFrame:
     """PCA of trajectories of EDM's sampler with 80 NFE; columns method, nfe, run."""
-    what = _run(dataset, METHODS["EDM"], 80, n_samples, "trajectory_pca")
-    return pd.DataFrame([{"method": "EDM", "nfe": 80, "run": what}])
+    nfe = 80 * describe(dataset).evaluations_per_call
+    what = _run(dataset, METHODS["EDM"], nfe, n_samples, "trajectory_pca")
+    return pd.DataFrame([{"method": "EDM", "nfe": nfe, "run": what}])
 
 
 def plan_figure5(dataset: str = "digits", n_samples: int = 500) -> pd.DataFrame:
     """Greedy grid search on r with N = 6 for every solver; columns method, nfe, run."""
     rows = []
     for name in ("DPM-Solver++(3M)", "UniPC", "iPNDM", "DDIM", "DPM-Solver-2", "AMED-Solver"):
+        nfe = 10 * describe(dataset).evaluations_per_call
         fields = {"schedule": "polynomial", "r": 0.5}
-        what = _run(dataset, METHODS[name], 10, n_samples, "grid_search", **fields)
-        rows.append({"method": name, "nfe": 10, "run": what})
+        what = _run(dataset, METHODS[name], nfe, n_samples, "grid_search", **fields)
+        rows.append({"method": name, "nfe": nfe, "run": what})
     return pd.DataFrame(rows)
 
 
 def plan_figure7(
-    dataset: str = "digits", nfes=NFES, seeds=SEEDS, n_samples: int = 1000
+    dataset: str = "digits", nfes=None, seeds=SEEDS, n_samples: int = 1000
 ) -> pd.DataFrame:
     """Learned r per step, of the predictors of Table 2; columns method, nfe, schedule, run."""
     learned = [name for name, method in METHODS.items() if method.learned]
@@ -191,7 +210,11 @@ def plan_centring(nfes=(3, 5, 7), n_samples: int = 5000) -> pd.DataFrame:
 
 
 def plan_release(
-    dataset: str = "digits", nfes=(5,), seeds=SEEDS, n_samples: int = 5000, metric: str = "fd"
+    dataset: str = "digits",
+    nfes=(5,),
+    seeds=SEEDS,
+    n_samples: int | None = None,
+    metric: str = "fd",
 ) -> pd.DataFrame:
     """The AMED rows of Table 2 as the released code makes them; columns as of ``plan_table2``.
 
@@ -228,7 +251,11 @@ VARIANTS = {
 
 
 def plan_plugin(
-    dataset: str = "digits", nfe: int = 5, seeds=SEEDS, n_samples: int = 5000, metric: str = "fd"
+    dataset: str = "digits",
+    nfe: int = 5,
+    seeds=SEEDS,
+    n_samples: int | None = None,
+    metric: str = "fd",
 ) -> pd.DataFrame:
     """iPNDM at one NFE, plain and with AFS, and variants of its plugin; columns variant, run."""
     plain = METHODS["iPNDM"]
@@ -280,14 +307,17 @@ def floor_runs(dataset: str = "digits") -> dict[str, Run]:
     return {metric: Run(f"floor_{metric}", dataset) for metric in ("fd", "fd_pixels")}
 
 
-def limit_run(dataset: str = "digits", n_samples: int = 5000, metric: str = "fd") -> Run:
-    """Heun with 79 NFE: what is left when the ODE is all but solved, a limit set by the model."""
-    return _run(dataset, METHODS["EDM"], 79, n_samples, metric, afs=True)
+def limit_run(dataset: str = "digits", n_samples: int | None = None, metric: str = "fd") -> Run:
+    """Heun with about 80 NFE: the ODE is all but solved, and what is left is the model's limit."""
+    data = describe(dataset)
+    nfe = 79 if data.afs else 80 * data.evaluations_per_call
+    return _run(dataset, methods(dataset)["EDM"], nfe, n_samples, metric, afs=data.afs)
 
 
 def accuracy_run(dataset: str = "digits") -> Run:
     """How far the ODE's accurate solution moves when its steps are halved."""
-    return Run("endpoint_accuracy", dataset, samples=500)
+    nfe = 5 * describe(dataset).evaluations_per_call  # of a Run that has no method of its own
+    return _run(dataset, METHODS["DDIM"], nfe, 500, "endpoint_accuracy")
 
 
 def mean_curve(results, name: str) -> dict:
@@ -315,11 +345,11 @@ def paper_values(table: str, dataset: str) -> pd.DataFrame:
     """The paper's numbers for our rows of a table: columns method, nfe, paper."""
     frame = published(table)
     frame = frame[frame["dataset"] == dataset]
-    ours = {method.published or name: name for name, method in METHODS.items()}
-    frame = frame.assign(method=frame["method"].map(ours))
-    return frame.dropna(subset="method").rename(columns={"value": "paper"})[
-        ["method", "nfe", "paper"]
-    ]
+    # "AMED-Plugin (iPNDM)" says what the plugin is on; `Entry.plugin` knows.
+    frame = frame.assign(
+        method=frame["method"].str.replace(r"^AMED-Plugin .*", "AMED-Plugin", regex=True)
+    )
+    return frame.rename(columns={"value": "paper"})[["method", "nfe", "paper"]]
 
 
 # --- verdicts -----------------------------------------------------------------------------------

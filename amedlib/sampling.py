@@ -84,7 +84,7 @@ class _HalfPrecision:
 def in_precision(denoiser, precision: str):
     """The denoiser with the matrix products of its network in half precision.
 
-    Normalisations, softmax and all that is outside the network stay as they are (``torch.autocast``).
+    Normalisations, softmax and all outside the network stay as they are (``torch.autocast``).
 
     Args:
         precision: ``"float32"`` changes nothing; ``"float16"`` or ``"bfloat16"``.
@@ -316,7 +316,8 @@ def num_steps_for(
             lambda x, t, labels=None: x, torch.ones(1, 1, 1, 1), times, solver, afs, middle
         )
         counted[per_call * out.nfe] = points
-    possible = ", ".join(str(n) for n in sorted(counted) if n > 0)
+    nearest = sorted((n for n in counted if n > 0), key=lambda n: abs(n - nfe))[:8]
+    possible = ", ".join(map(str, sorted(nearest)))
     require(
         nfe in counted,
         "nfe",

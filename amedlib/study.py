@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, as_completed
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -95,7 +95,9 @@ class Run:
     def __post_init__(self):
         one_of("metric", self.metric, PROCEDURES)
         one_of("precision", self.precision, PRECISIONS)
-        describe(self.dataset)
+        data = describe(self.dataset)
+        if PROCEDURES[self.metric].compute is quality:
+            one_of(f"metric of {self.dataset!r}", self.metric, data.metrics)
         if self.version is None:
             object.__setattr__(self, "version", PROCEDURES[self.metric].version)
         for name, low in (("samples", 2 * BLOCKS), ("first_seed", 0)):
@@ -106,6 +108,12 @@ class Run:
                 value,
                 f"a whole number of at least {low}",
             )
+        require(
+            self.metric != "endpoint_error" or self.samples <= data.endpoint_samples,
+            "samples",
+            self.samples,
+            f"at most {data.endpoint_samples} for the endpoint error of {self.dataset!r}",
+        )
         require(
             self.r is None or self.predictor is None,
             "r and predictor",
@@ -425,20 +433,16 @@ def _root_mean_square(moments: Moments) -> float:
 def quality(run: Run, context: Context) -> dict[str, Measured]:
     """All that can be said of one set of samples: FD of features and of pixels, endpoint error.
 
-    The endpoint error is left out where there are more samples than the data set keeps solutions
-    for, and a distance where the data set has no reference for it.
+    The endpoint error is left out where there are more samples than the data set keeps the ODE's
+    solutions for.
     """
     data, nfe = context.data, run.nfe
     solver, times = make_solver(run.solver, **run.options), run.times()
-    reference = data.reference if data.feature_distance_name else {}
-    metrics = [*reference, *["endpoint_error"] * (run.samples <= data.endpoint_samples)]
-    require(
-        run.metric in metrics,
-        "metric",
-        run.metric,
-        f"one that {data.name!r} has for {run.samples} samples ({', '.join(metrics) or 'none'}); "
-        f"the endpoint error has at most {data.endpoint_samples}",
-    )
+    metrics = [
+        metric
+        for metric in data.metrics
+        if metric != "endpoint_error" or run.samples <= data.endpoint_samples
+    ]
     intermediate = context.intermediate(run)
     solution = accurate_endpoints(run, context) if "endpoint_error" in metrics else None
 
@@ -456,10 +460,10 @@ def quality(run: Run, context: Context) -> dict[str, Measured]:
         require(bool(torch.isfinite(out.x).all()), "samples", "NaN or inf", "finite")
         nfe = out.nfe
         found = {}
-        if reference:
+        if "fd" in metrics:
             images = data.to_images(out.x)
             found["fd"] = Moments.of(data.features(images).cpu())
-        if "fd_pixels" in reference:
+        if "fd_pixels" in metrics:
             found["fd_pixels"] = Moments.of(images.flatten(1).cpu())
         if solution is not None:
             rows = [seed - run.first_seed for seed in seeds]
@@ -467,19 +471,16 @@ def quality(run: Run, context: Context) -> dict[str, Measured]:
             found["endpoint_error"] = Moments.of(distances[:, None])
         return found
 
-    partial = result_path(run, context.results_dir).with_suffix(".partial")
-    blocks = _by_block(run, context, measure, partial)
+    unfinished = result_path(run, context.results_dir).with_suffix(".partial")
+    blocks = _by_block(run, context, measure, unfinished)
     measured = {}
     for metric in metrics:
-
-        def statistic(moments, reference=reference.get(metric)):
-            if reference is None:
-                return _root_mean_square(moments)
-            return moments_distance(moments, reference)
-
+        statistic = _root_mean_square
+        if metric != "endpoint_error":
+            statistic = partial(moments_distance, b=data.reference[metric])
         value, replicates = leave_one_out([block[metric] for block in blocks], statistic)
         measured[metric] = Measured(value, replicates, nfe=nfe)
-    partial.unlink(missing_ok=True)
+    unfinished.unlink(missing_ok=True)
     return measured
 
 

@@ -58,7 +58,7 @@ def test_the_whole_study_has_no_run_twice():
         ({"schedule": "linear"}, "schedule must be one of"),
         ({"nfes": []}, "nfes and seeds must be not empty"),
         ({"nfes": [4]}, "nfe must be one that this method can have with AFS"),
-        ({"methods": ["Euler"]}, "method must be one of"),
+        ({"names": ["Euler"]}, "method must be one of"),
         ({"n_samples": -1}, "samples must be a whole number"),
         ({"dataset": "cats"}, "dataset must be one of"),
     ],

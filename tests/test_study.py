@@ -55,6 +55,7 @@ def toy_dataset(denoiser, batch=7):
             lambda x: x.flatten(1)[:, :3],
             {"fd": Moments.of(real.flatten(1)[:, :3]), "fd_pixels": Moments.of(real.flatten(1))},
         ),
+        metrics=("fd", "fd_pixels", "endpoint_error"),
         feature_distance_name="FD",
         real_images=real,
         distances=lambda loss: squared_l2,

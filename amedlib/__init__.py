@@ -1,7 +1,7 @@
 """Solvers, predictor training and the study of *Fast ODE-based Sampling in Around 5 Steps*."""
 
 from amedlib import denoisers
-from amedlib.datasets import load_dataset
+from amedlib.datasets import describe, load_dataset
 from amedlib.intermediate import Intermediate, Predictor, TimeWise
 from amedlib.metrics import frechet_distance
 from amedlib.sampling import Sample, make_latents, sample
@@ -19,6 +19,7 @@ __all__ = [
     "TimeWise",
     "Training",
     "denoisers",
+    "describe",
     "frechet_distance",
     "load_dataset",
     "make_latents",

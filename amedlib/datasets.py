@@ -44,6 +44,7 @@ class Entry:
         evaluations_per_call: how many evaluations a call of the denoiser counts.
         feature_distance_name: what the Frechet distance is called.
         reference_name: what samples are compared with, for captions.
+        floor: whether real images are at hand to compare with each other.
         assets: the files that it needs, names in ``amedlib.assets.ASSETS``.
     """
 
@@ -69,6 +70,7 @@ class Entry:
     evaluations_per_call: int = 1
     feature_distance_name: str = "FID"
     reference_name: str = "published statistics of the training images"
+    floor: bool = False
     assets: tuple[str, ...] = ()
 
 
@@ -197,6 +199,7 @@ _DIGITS = Entry(
     metrics=("fd", "fd_pixels", "endpoint_error"),
     feature_distance_name="FD (digits features)",
     reference_name="1,198 real images",
+    floor=True,
 )
 
 DATASETS = {

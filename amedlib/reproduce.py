@@ -15,38 +15,16 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from amedlib import paper
+from amedlib import plans
 from amedlib.checks import require
-from amedlib.datasets import describe
-from amedlib.study import RESULTS, Result, Run, compute, load_result, run_all
+from amedlib.study import RESULTS, Result, compute, load_result, run_all
 
 AGAIN = RESULTS.parent.parent / "_build" / "reproduce"
 
 
-def whole_study(dataset: str = "digits") -> list[Run]:
-    """Every Run that the book shows for a data set."""
-    metrics = describe(dataset).metrics
-    plans = [paper.plan_table2(dataset, metric=metric) for metric in metrics]
-    plans += [plan(dataset) for plan in paper.PLANS]
-    # One training seed where the schedule is not the one of the paper.
-    for schedule in paper.SCHEDULES:
-        plans.append(paper.plan_table2(dataset, seeds=paper.SEEDS[:1], schedule=schedule))
-    for metric in (m for m in metrics if m != "fd_pixels"):
-        plans += [paper.plan_release(dataset, metric=metric)]
-        plans += [paper.plan_plugin(dataset, metric=metric)]
-    if dataset == "digits":
-        plans.append(paper.plan_centring())
-    runs = [what for plan in plans for what in plan["run"]]
-    runs += [paper.limit_run(dataset, metric=metric) for metric in metrics]
-    runs += [paper.accuracy_run(dataset)]
-    if dataset == "digits":
-        runs += paper.floor_runs(dataset).values()
-    return list({what.key: what for what in runs}.values())
-
-
 def stored(dataset: str, results_dir=RESULTS) -> list[Result]:
     """All results of a data set that the store holds, of Runs of the study."""
-    found = (load_result(what, results_dir) for what in whole_study(dataset))
+    found = (load_result(what, results_dir) for what in plans.whole_study(dataset))
     return [result for result in found if result is not None]
 
 
@@ -129,7 +107,7 @@ def main(arguments=None) -> int:
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args(arguments)
     into = RESULTS if given.fill else AGAIN
-    runs = whole_study(given.dataset)
+    runs = plans.whole_study(given.dataset)
     run_all(runs[:1], into, given.device)  # makes the ODE's solution, which the others share
     with processes(given.workers) if given.workers > 1 else nullcontext() as executor:
         run_all(runs, into, given.device, executor)

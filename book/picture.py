@@ -2,18 +2,18 @@
 
 from pathlib import Path
 
-from amedlib import paper, plotting, run
+from amedlib import paper, plans, plotting, run
 
 TITLE = "ours: digits, 8x8"
 
 if __name__ == "__main__":
     plotting.use_style()
-    ours = paper.estimates(paper.measure(paper.plan_table2(), progress=False))
+    ours = paper.estimates(paper.measure(plans.table2(), progress=False))
     theirs = paper.paper_values("table2", "cifar10").rename(columns={"paper": "value"})
     figure = plotting.against_nfe(
         {TITLE: ours, "the paper: CIFAR-10": theirs},
         ["FD (digits features)", "FID"],
-        levels={TITLE: ("EDM, 79 NFE", run(paper.limit_run(), progress=False).value)},
+        levels={TITLE: ("EDM, 79 NFE", run(plans.limit_run(), progress=False).value)},
     )
     # A white ground: GitHub shows pictures on dark pages too.
     target = Path(__file__).parent / "static" / "table2.svg"

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from amedlib import paper, plotting, reproduce, study
+from amedlib import paper, plans, plotting, reproduce, study
 from amedlib.study import BLOCKS, Result, Run, save_result
 
 
@@ -30,15 +30,15 @@ def test_table2_is_complete():
 
 def test_every_row_of_ours_has_the_papers_numbers():
     values = paper.paper_values("table2", "cifar10")
-    assert set(values["method"]) == set(paper.METHODS)
-    assert len(values) == 4 * len(paper.METHODS)
+    assert set(values["method"]) == set(plans.METHODS)
+    assert len(values) == 4 * len(plans.METHODS)
 
 
 def test_plans_ask_for_the_papers_settings():
-    planned = paper.plan_table2("digits")
+    planned = plans.table2("digits")
     assert len(planned) == 4 * (6 + 2 * 3)
     for row in planned.itertuples():
-        method = paper.METHODS[row.method]
+        method = plans.METHODS[row.method]
         assert row.run.nfe == row.nfe
         assert row.run.schedule == method.schedule
         assert (row.run.predictor is not None) == method.learned
@@ -48,7 +48,7 @@ def test_plans_ask_for_the_papers_settings():
 
 
 def test_the_whole_study_has_no_run_twice():
-    runs = reproduce.whole_study("digits")
+    runs = plans.whole_study("digits")
     assert len({what.key for what in runs}) == len(runs)
 
 
@@ -65,13 +65,13 @@ def test_the_whole_study_has_no_run_twice():
 )
 def test_bad_plans_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        paper.plan_table2(**({"dataset": "digits"} | arguments))
+        plans.table2(**({"dataset": "digits"} | arguments))
 
 
 def made_up_table(ours, theirs, noise):
     """Results of AMED-Plugin (three seeds) and iPNDM at 5 NFE, with common sampling noise."""
     wobble = noise * np.random.default_rng(0).normal(size=BLOCKS)
-    planned = paper.plan_table2("digits", ["iPNDM", "AMED-Plugin"], nfes=[5])
+    planned = plans.table2("digits", ["iPNDM", "AMED-Plugin"], nfes=[5])
     rows = []
     for i, row in enumerate(planned.itertuples()):
         value = theirs if row.method == "iPNDM" else ours + 0.01 * i
@@ -134,7 +134,7 @@ def store(tmp_path):
 
 def test_a_spot_check_finds_what_has_moved(store, monkeypatch):
     folder, runs = store
-    monkeypatch.setattr(reproduce, "whole_study", lambda dataset: runs)
+    monkeypatch.setattr(plans, "whole_study", lambda dataset: runs)
     seed, frame = reproduce.spot_check("digits", 3, seed=7, results_dir=folder, seconds=99.0)
     assert seed == 7
     assert frame["agrees"].all() and len(frame) == 3
@@ -149,7 +149,7 @@ def test_a_spot_check_finds_what_has_moved(store, monkeypatch):
 
 def test_a_spot_check_needs_enough_results(store, monkeypatch):
     folder, runs = store
-    monkeypatch.setattr(reproduce, "whole_study", lambda dataset: runs)
+    monkeypatch.setattr(plans, "whole_study", lambda dataset: runs)
     with pytest.raises(ValueError, match="at most the number of shipped results, 3; 4 was given"):
         reproduce.spot_check("digits", 4, results_dir=folder, seconds=99.0)
 
@@ -166,7 +166,7 @@ def test_retrained_predictors_may_move_further(tmp_path):
 
 def test_reproduction_fails_when_a_number_moves(tmp_path, monkeypatch, capsys):
     what = Run(solver="euler", nfe=2, samples=40)
-    monkeypatch.setattr(reproduce, "whole_study", lambda dataset: [what])
+    monkeypatch.setattr(plans, "whole_study", lambda dataset: [what])
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "shipped")
     monkeypatch.setattr(reproduce, "AGAIN", tmp_path / "again")
     assert reproduce.main(["digits", "--fill", "--workers", "1"]) == 0
@@ -185,12 +185,12 @@ def test_estimates_keep_the_order_of_the_plan():
 
 def test_the_readme_states_the_shipped_results():
     """Every number of its headline, computed again from data/results."""
-    measured = paper.measure(paper.plan_table2("digits"), progress=False)
+    measured = paper.measure(plans.table2("digits"), progress=False)
     numbers = paper.headline(paper.estimates(measured), paper.judge("table2", measured))
     readme = (study.RESULTS.parent.parent / "README.md").read_text()
     for method in ("AMED-Plugin", "iPNDM", "AMED-Solver", "DPM-Solver-2", "DPM-Solver++(3M)"):
         assert f"| {numbers[f'table2_{method}']} |" in readme
-    variants = paper.measure(paper.plan_plugin("digits"), progress=False)
+    variants = paper.measure(plans.plugin("digits"), progress=False)
     afs = paper.plugin_numbers(variants, variants)["plugin_fd_iPNDM-AFS"]
     assert f"| {afs} |" in readme
     single, plugin = (

@@ -9,11 +9,16 @@ from pathlib import Path
 
 import torch
 
+from amedlib.assets import ASSETS, cache_folder, fetch, fingerprint
 from amedlib.checks import one_of
-from amedlib.denoisers import edm
+from amedlib.denoisers import adm, edm, latent
 from amedlib.denoisers.digits import DigitsClassifier, load_digits_images, quantise
 from amedlib.files import load_tensors
+from amedlib.inception import Statistics, inception_features, quantise_edm, read_statistics
 from amedlib.metrics import Moments, feature_distance, lpips_distance
+from amedlib.pickles import edm_network, load_pt
+from amedlib.sampling import make_classes
+from amedlib.schedules import noise_levels
 from amedlib.training import squared_l2
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -44,8 +49,10 @@ class Entry:
         evaluations_per_call: how many evaluations a call of the denoiser counts.
         feature_distance_name: what the Frechet distance is called.
         reference_name: what samples are compared with, for captions.
+        guidance: scale of classifier or classifier-free guidance; ``None``: there is none.
         floor: whether real images are at hand to compare with each other.
-        assets: the files that it needs, names in ``amedlib.assets.ASSETS``.
+        assets: the files that it needs, names in ``amedlib.assets.ASSETS``; the last one holds the
+            reference statistics.
     """
 
     name: str
@@ -70,6 +77,7 @@ class Entry:
     evaluations_per_call: int = 1
     feature_distance_name: str = "FID"
     reference_name: str = "published statistics of the training images"
+    guidance: float | None = None
     floor: bool = False
     assets: tuple[str, ...] = ()
 
@@ -106,8 +114,8 @@ class Dataset(Entry):
         return self._judged[0]
 
     @property
-    def reference(self) -> dict[str, Moments]:
-        """What samples are compared with: moments of features (``"fd"``), perhaps of pixels."""
+    def reference(self) -> dict[str, Moments | Statistics]:
+        """What samples are compared with, by metric; see ``moments_distance``."""
         return self._judged[1]
 
 
@@ -162,8 +170,8 @@ def _digits(entry: Entry, device: str) -> Dataset:
 
     def judge():
         return classifier.features, {
-            "fd": Moments.of(classifier.features(real).cpu()),
-            "fd_pixels": Moments.of(real.flatten(1).cpu()),
+            "fd": Moments.of(classifier.features(real)),
+            "fd_pixels": Moments.of(real.flatten(1)),
         }
 
     def distances(loss):
@@ -184,6 +192,104 @@ def _digits(entry: Entry, device: str) -> Dataset:
     )
 
 
+def _lpips(loss: str) -> Callable:
+    """The training loss of a data set of colour images, by name."""
+    one_of("loss", loss, ("l2", "lpips"))
+    return squared_l2 if loss == "l2" else lpips_distance(backbone=fetch(ASSETS[VGG]))
+
+
+def _of_files(entry: Entry, device: str, network, labels=None) -> Dataset:
+    """A data set of the paper from its denoiser; samples are judged by FID as EDM computes it."""
+
+    def judge():
+        features = inception_features(fetch(ASSETS[INCEPTION]), device)
+        return features, {"fd": read_statistics(fetch(ASSETS[entry.assets[-1]]))}
+
+    return Dataset(
+        **vars(entry),
+        denoiser=network.to(device),
+        to_images=quantise_edm,
+        judge=judge,
+        distances=_lpips,
+        labels=labels,
+        fingerprint=fingerprint(entry.assets),
+    )
+
+
+def _classes(network, device) -> Callable | None:
+    if not network.label_dim:
+        return None
+    return lambda seeds: make_classes(seeds, network.label_dim, device)
+
+
+def _edm(entry: Entry, device: str) -> Dataset:
+    network = edm_network(fetch(ASSETS[entry.assets[0]]))
+    return _of_files(entry, device, network, _classes(network, device))
+
+
+def _consistency(entry: Entry, device: str) -> Dataset:
+    return _of_files(entry, device, adm.cm_denoiser(load_pt(fetch(ASSETS[entry.assets[0]]))))
+
+
+def _guided(entry: Entry, device: str) -> Dataset:
+    network, classifier = (load_pt(fetch(ASSETS[name])) for name in entry.assets[:2])
+    network, classifier = adm.adm_denoiser(network), adm.adm_classifier(classifier)
+    guided = adm.GuidedDenoiser(network, classifier, entry.guidance)
+    return _of_files(entry, device, guided, _classes(network, device))
+
+
+def _l2(loss: str) -> Callable:
+    one_of("loss in latent space", loss, ("l2",))
+    return squared_l2
+
+
+def _of_latents(entry: Entry, device: str, network, judge, labels, fingerprint: str) -> Dataset:
+    return Dataset(
+        **vars(entry),
+        denoiser=network.to(device),
+        to_images=lambda x: quantise_edm(network.decode(x)),
+        judge=judge,
+        distances=_l2,
+        labels=labels,
+        fingerprint=fingerprint,
+    )
+
+
+def _latent_bedroom(entry: Entry, device: str) -> Dataset:
+    folder = cache_folder() / "lsun_bedroom_ldm"
+    network = latent.lsun_bedroom_ldm(folder)
+
+    def judge():
+        features = inception_features(fetch(ASSETS[INCEPTION]), device)
+        return features, {"fd": read_statistics(fetch(ASSETS[entry.assets[-1]]))}
+
+    weights = hashlib.sha256((folder / "unet/diffusion_pytorch_model.safetensors").read_bytes())
+    return _of_latents(entry, device, network, judge, None, weights.hexdigest()[:12])
+
+
+# The texts of Figures 1 and 9.
+PROMPTS = (
+    "A Corgi on the grass surrounded by a cluster of colorful balloons",
+    "A portrait of an eagle",
+    "Under a gray sky, a castle in ice and snow",
+)
+
+
+def _text_to_image(entry: Entry, device: str) -> Dataset:
+    network = latent.stable_diffusion(
+        guidance=entry.guidance, cache_dir=cache_folder() / "huggingface"
+    )
+    embedded = network.to(device).encode(PROMPTS)
+
+    def labels(seeds):
+        return embedded[[seed % len(PROMPTS) for seed in seeds]]
+
+    return _of_latents(entry, device, network, None, labels, latent.STABLE_DIFFUSION)
+
+
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+VGG = "vgg16-397923af.pth"
+
 _DIGITS = Entry(
     name="digits",
     title="digits, 8x8",
@@ -201,12 +307,133 @@ _DIGITS = Entry(
     reference_name="1,198 real images",
     floor=True,
 )
+# Batches as the released code has them: 128 on CIFAR-10, 64 on larger images, 32 on text.
+_SMALL = {"shape": (3, 64, 64), "load": _edm, "training": {"batch": 64}}
+_LARGE = {
+    "shape": (3, 256, 256),
+    "training": {"batch": 64, "gradient": "forward"},
+    "precision": "float16",
+    "endpoint_samples": 500,
+    "batch": 64,
+}
+_IMAGENET = Entry(
+    name="imagenet256",
+    title="ImageNet 256x256, classifier guidance",
+    paper="imagenet256",
+    load=_guided,
+    sigma_min=adm.sigma_range()[0],
+    sigma_max=adm.sigma_range()[1],
+    # "Uniform" (Appendix B): uniform in the time of the model's VP process.
+    schedule="time_uniform",
+    afs=False,
+    plugin="DPM-Solver++(3M)",
+    nfes=(4, 6, 8, 10),
+    guidance=2.0,
+    assets=(
+        "256x256_diffusion.pt",
+        "256x256_classifier.pt",
+        "VIRTUAL_imagenet256_labeled.npz",
+    ),
+    **_LARGE | {"training": {"batch": 64}},  # guidance cannot be differentiated in forward mode
+)
+_LATENT = {
+    "schedule": "discrete",
+    "plugin": "DPM-Solver++(3M)",
+    "precision": "float16",
+    "endpoint_samples": 500,
+    "batch": 64,
+    "solver_options": {solver: {"thresholding": False} for solver in ("dpmpp", "unipc")},
+}
 
 DATASETS = {
     entry.name: entry
     for entry in [
         _DIGITS,
         replace(_DIGITS, name="digits_uncentred", title="digits, 8x8, not centred"),
+        Entry(
+            name="cifar10",
+            title="CIFAR-10, 32x32",
+            paper="cifar10",
+            shape=(3, 32, 32),
+            load=_edm,
+            training={"batch": 128, "loss": "lpips"},
+            assets=("edm-cifar10-32x32-uncond-vp.pkl", "fid-refs/cifar10-32x32.npz"),
+        ),
+        Entry(
+            name="ffhq",
+            paper="ffhq",
+            title="FFHQ, 64x64",
+            assets=("edm-ffhq-64x64-uncond-vp.pkl", "fid-refs/ffhq-64x64.npz"),
+            **_SMALL,
+        ),
+        Entry(
+            name="afhqv2",
+            paper="afhqv2",
+            title="AFHQv2, 64x64",
+            assets=("edm-afhqv2-64x64-uncond-vp.pkl", "fid-refs/afhqv2-64x64.npz"),
+            **_SMALL,
+        ),
+        Entry(
+            name="imagenet64",
+            paper="imagenet64",
+            title="ImageNet, 64x64, conditional",
+            assets=("edm-imagenet-64x64-cond-adm.pkl", "fid-refs/imagenet-64x64.npz"),
+            **_SMALL,
+        ),
+        Entry(
+            name="lsun_bedroom",
+            title="LSUN Bedroom, 256x256",
+            paper="lsun_bedroom",
+            load=_consistency,
+            plugin="DPM-Solver-2",
+            assets=("edm_bedroom256_ema.pt", "VIRTUAL_lsun_bedroom256.npz"),
+            **_LARGE,
+        ),
+        Entry(
+            name="lsun_cat",
+            title="LSUN Cat, 256x256",
+            paper="lsun_cat",
+            load=_consistency,
+            plugin="DPM-Solver-2",
+            assets=("edm_cat256_ema.pt", "VIRTUAL_lsun_cat256.npz"),
+            **_LARGE,
+        ),
+        _IMAGENET,
+        *(
+            replace(_IMAGENET, name=f"imagenet256_guidance_{scale}", guidance=float(scale))
+            for scale in (2, 4, 8)  # Table 13
+        ),
+        Entry(
+            name="lsun_bedroom_ldm",
+            title="LSUN Bedroom, 256x256, latent space",
+            paper="lsun_bedroom_ldm",
+            shape=(3, 64, 64),
+            load=_latent_bedroom,
+            noise_levels="lsun_bedroom_ldm",
+            sigma_min=float(noise_levels("lsun_bedroom_ldm")[0]),
+            sigma_max=float(noise_levels("lsun_bedroom_ldm")[-1]),
+            training={"batch": 64},
+            assets=("VIRTUAL_lsun_bedroom256.npz",),
+            **_LATENT,
+        ),
+        Entry(
+            name="stable_diffusion",
+            title="Stable Diffusion v1, 512x512",
+            paper="stable_diffusion",
+            shape=(4, 64, 64),
+            load=_text_to_image,
+            noise_levels="stable_diffusion",
+            sigma_min=float(noise_levels("stable_diffusion")[0]),
+            sigma_max=float(noise_levels("stable_diffusion")[-1]),
+            afs=False,
+            training={"batch": 32, "images": 5_000},
+            guidance=7.5,
+            evaluations_per_call=2,
+            nfes=(8, 12, 16, 20),
+            metrics=("endpoint_error",),
+            samples=500,
+            **_LATENT,
+        ),
     ]
 }
 

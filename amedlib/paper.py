@@ -7,20 +7,8 @@ import numpy as np
 import pandas as pd
 
 from amedlib import plans
-from amedlib.checks import one_of
 from amedlib.datasets import DATA, describe
 from amedlib.study import Estimate, difference, estimate, run, run_all
-
-
-@lru_cache
-def published(table: str) -> pd.DataFrame:
-    """The paper's numbers of one table, tidy; from ``data/paper``.
-
-    Raises:
-        ValueError: no such table has been transcribed.
-    """
-    one_of("table", table, sorted(p.stem for p in (DATA / "paper").glob("table*.csv")))
-    return pd.read_csv(DATA / "paper" / f"{table}.csv", dtype={"table": str})
 
 
 def measure(planned: pd.DataFrame, **how) -> pd.DataFrame:
@@ -32,7 +20,7 @@ def measure(planned: pd.DataFrame, **how) -> pd.DataFrame:
 def estimates(measured: pd.DataFrame, by=("method", "nfe")) -> pd.DataFrame:
     """Means over training seeds: columns ``by``, value, low, high, half and the Estimate itself."""
     rows = []
-    for key, group in measured.groupby(list(by), sort=False):
+    for key, group in measured.groupby(list(by), sort=False, dropna=False):
         found = estimate(group["result"].tolist())
         low, high = found.interval
         rows.append(
@@ -95,7 +83,7 @@ def learned_r_table(measured: pd.DataFrame) -> pd.DataFrame:
 
 def paper_values(table: str, dataset: str) -> pd.DataFrame:
     """The paper's numbers for our rows of a table: columns method, nfe, paper."""
-    frame = published(table)
+    frame = plans.published(table)
     frame = frame[frame["dataset"] == dataset]
     # "AMED-Plugin (iPNDM)" says what the plugin is on; `Entry.plugin` knows.
     frame = frame.assign(

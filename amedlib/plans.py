@@ -1,11 +1,13 @@
 """What is run: the Runs of every table and figure, with the settings that the paper states."""
 
+import re
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import pandas as pd
 
 from amedlib.checks import one_of, require
-from amedlib.datasets import describe
+from amedlib.datasets import DATA, describe
 from amedlib.study import Run
 
 SEEDS = (0, 1, 2)
@@ -90,6 +92,19 @@ def _run(dataset, method: Method, nfe, samples, metric="fd", **fields) -> Run:
     )
 
 
+def _runs(dataset, method: Method, nfe, seeds, n_samples, metric, **predictor) -> list[Run]:
+    """The Runs of a method: one, or one per training seed where something is learned."""
+    fields = {"schedule": method.schedule, "afs": method.afs, "options": method.options}
+    fields["options"] = fields["options"] | describe(dataset).solver_options.get(method.solver, {})
+    if not method.learned:
+        return [_run(dataset, method, nfe, n_samples, metric, **fields)]
+    learned = RECIPE | describe(dataset).training | method.predictor | predictor
+    return [
+        _run(dataset, method, nfe, n_samples, metric, **fields, predictor=learned | {"seed": seed})
+        for seed in seeds
+    ]
+
+
 def table2(
     dataset: str = "digits",
     names=tuple(METHODS),
@@ -115,28 +130,123 @@ def table2(
         ValueError: an argument is outside its range, or a method cannot have an NFE.
     """
     one_of("schedule", schedule, (None, *SCHEDULES))
-    data = describe(dataset)
-    nfes = data.nfes if nfes is None else nfes
+    nfes = describe(dataset).nfes if nfes is None else nfes
     require(len(nfes) > 0 and len(seeds) > 0, "nfes and seeds", (nfes, seeds), "not empty")
     rows = []
     for name in names:
         one_of("method", name, METHODS)
         method = methods(dataset)[name]
+        method = replace(method, schedule=schedule or method.schedule)
         for nfe in nfes:
-            for seed in seeds if method.learned else [None]:
-                learned = RECIPE | data.training | method.predictor | predictor | {"seed": seed}
-                what = _run(
-                    dataset,
-                    method,
-                    nfe,
-                    n_samples,
-                    metric,
-                    schedule=schedule or method.schedule,
-                    afs=method.afs,
-                    predictor=learned if method.learned else None,
-                )
+            for what in _runs(dataset, method, nfe, seeds, n_samples, metric, **predictor):
                 rows.append({"method": name, "nfe": nfe, "schedule": what.schedule, "run": what})
     return pd.DataFrame(rows)
+
+
+# --- Tables 3 to 13: a Run for every cell that the paper prints -----------------------------------
+
+# What identifies a cell, in the columns of `data/paper/table*.csv`.
+KEY = ["method", "teacher", "schedule", "r", "M", "afs", "amed", "strategy", "guidance", "nfe"]
+
+
+@lru_cache
+def published(table: str) -> pd.DataFrame:
+    """The paper's numbers of one table, tidy; from ``data/paper``.
+
+    Raises:
+        ValueError: there is no such table.
+    """
+    one_of("table", table, sorted(p.stem for p in (DATA / "paper").glob("table*.csv")))
+    return pd.read_csv(DATA / "paper" / f"{table}.csv", dtype={"table": str})
+
+
+def cell(
+    dataset: str, row: pd.Series, seeds=SEEDS, n_samples=None, metric: str = "fd"
+) -> list[Run]:
+    """The Runs that measure a printed cell on a data set, one per training seed.
+
+    Args:
+        row: of ``published``; its columns ``KEY`` say what is run.
+    """
+    given = {name: value for name, value in row[KEY].items() if pd.notna(value)}
+    base = re.sub(r"^AMED-Plugin \((.*)\)$", r"\1", row["method"])
+    method = replace(METHODS[base], afs=row["afs"], learned=row["amed"])
+    method = replace(method, schedule=describe(dataset).schedule or row["schedule"])
+    predictor = {} if base == "AMED-Solver" else {"m": given.get("M", 2)}
+    if "teacher" in given:
+        # A multistep teacher makes half the evaluations per step: with three intermediate steps it
+        # makes as many in all as the others, twice those of the student.
+        teacher = METHODS[given["teacher"]]
+        predictor["teacher"] = teacher.solver
+        predictor["teacher_options"] = teacher.options | describe(dataset).solver_options.get(
+            teacher.solver, {}
+        )
+        predictor["m"] = 1 if teacher.afs else 3
+    if "r" in given:
+        method = replace(method, options={"r": given["r"]})
+    if "guidance" in given:
+        dataset = f"{dataset}_guidance_{given['guidance']:g}"
+    if given.get("strategy") == "time_wise":
+        predictor["uses_bottleneck"] = False
+    if given.get("strategy") == "grid_search":
+        fields = {"schedule": method.schedule, "afs": method.afs, "r": "searched"}
+        return [_run(dataset, method, row["nfe"], n_samples, metric, **fields)]
+    return _runs(dataset, method, row["nfe"], seeds, n_samples, metric, **predictor)
+
+
+def table(
+    number: int,
+    dataset: str = "digits",
+    nfes=None,
+    seeds=SEEDS,
+    n_samples: int | None = None,
+    metric: str = "fd",
+) -> pd.DataFrame:
+    """The Runs of one of the paper's tables from 3 to 13 on a data set.
+
+    Beyond six evaluations, and in Tables 9, 10 and 13, which are large, the first training seed
+    alone is run.
+
+    Args:
+        nfes: those printed unless given.
+
+    Returns:
+        Columns ``KEY``, ``paper`` (the printed number) and ``run``; a row per training seed.
+
+    Raises:
+        ValueError: no such table, or it has no such NFE.
+    """
+    rows = published(f"table{number}")
+    rows = rows[rows["unit"] == "FID"]
+    for nfe in nfes or []:
+        one_of("nfe", nfe, sorted(rows["nfe"].unique().tolist()))
+    if number == 8:  # prints DPM-Solver-2 without AFS at odd NFE, which it cannot have
+        rows = rows[(rows["method"] != "DPM-Solver-2") | rows["afs"]]
+    planned = []
+    for _, row in rows[rows["nfe"].isin(nfes or rows["nfe"])].iterrows():
+        few = row["nfe"] > 6 or number in (9, 10, 13)
+        for what in cell(dataset, row, seeds[:1] if few else seeds, n_samples, metric):
+            planned.append({**row[KEY], "paper": row["value"], "run": what})
+    return pd.DataFrame(planned)
+
+
+# The ablations and the large table, in the order in which they are computed.
+TABLES = (3, 6, 4, 7, 8, 5, 9)
+
+
+def figure8(
+    dataset: str = "digits", nfes=None, seeds=SEEDS, n_samples=None, metric: str = "fd"
+) -> pd.DataFrame:
+    """Both AMED rows of Table 2 trained with either loss; columns method, nfe, loss, run."""
+    perceptual = "features" if describe(dataset).floor else "lpips"
+    planned = []
+    for name in ("AMED-Solver", "AMED-Plugin"):
+        for nfe in nfes or describe(dataset).nfes:
+            for loss in ("l2", perceptual):
+                some = seeds if nfe <= 6 else seeds[:1]
+                each = table2(dataset, [name], [nfe], some, n_samples, metric=metric, loss=loss)
+                planned.append(each.assign(loss=loss))
+    return concat(planned)
 
 
 def table1(dataset: str = "digits", seeds=SEEDS, n_samples: int = 1000) -> pd.DataFrame:
@@ -285,6 +395,9 @@ def whole_study(dataset: str = "digits") -> list[Run]:
     found += [table2(dataset, seeds=SEEDS[:1], schedule=schedule) for schedule in SCHEDULES]
     for metric in (m for m in metrics if m != "fd_pixels"):
         found += [release(dataset, metric=metric), plugin(dataset, metric=metric)]
+    for metric in (m for m in metrics if m != "fd_pixels"):
+        found += [table(number, dataset, metric=metric) for number in TABLES]
+        found.append(figure8(dataset, metric=metric))
     if dataset == "digits":
         found.append(centring())
     runs = [what for plan in found for what in plan["run"]]

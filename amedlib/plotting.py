@@ -139,6 +139,80 @@ def comparison_table(ours: pd.DataFrame, paper: pd.DataFrame | None = None, unit
     return frame.style.apply(lambda _: bold, axis=None)
 
 
+# What tells the rows of a table apart, in the columns of `plans.KEY`, with the words of the page.
+ROWS = {
+    3: ["strategy"],
+    4: ["teacher"],
+    5: ["schedule", "method"],
+    6: ["method", "r"],
+    7: ["M"],
+    8: ["method", "AFS"],
+    9: ["method", "AFS", "AMED"],
+    10: ["method", "AFS", "AMED"],
+    11: ["method"],
+    12: ["method"],
+    13: ["guidance", "method"],
+}
+WORDS = {
+    "grid_search": "grid search (time-wise)",
+    "time_wise": "AMED-Solver (time-wise)",
+    "sample_wise": "AMED-Solver (sample-wise)",
+    "time_uniform": "uniform",
+    "logsnr": "logSNR",
+}
+
+
+def _row_names(frame, number):
+    """The frame with columns for the rows of a table, in words."""
+    marks = {True: "✓", False: "✗"}
+    frame = frame.assign(AFS=frame["afs"].map(marks), AMED=frame["amed"].map(marks))
+    return frame.assign(
+        **{
+            name: [
+                "–" if pd.isna(v) else WORDS.get(v, f"{v:g}" if name in "rM" else v) for v in col
+            ]
+            for name, col in frame[ROWS[number]].items()
+        }
+    )
+
+
+def cells_table(number: int, measured: pd.DataFrame, unit: str):
+    """One of Tables 3 to 13: ours with its 95 % interval, the paper's number beside it.
+
+    Args:
+        measured: columns ``plans.KEY``, ``paper`` and ``result``.
+        unit: what ours is called, in the heading.
+    """
+    keys = [*ROWS[number], "nfe", "paper"]
+    found = estimates(_row_names(measured, number), by=keys)
+    found["ours"] = [with_interval(r.value, r.half) for r in found.itertuples()]
+    found["paper"] = found["paper"].map("{:.4g}".format)
+    best = found.loc[found.groupby("nfe")["value"].idxmin()]
+    cells = found.melt([*ROWS[number], "nfe"], ["ours", "paper"], "whose", "cell")
+    cells["whose"] = cells["whose"].replace("ours", unit)
+    cells["nfe"] = "NFE " + cells["nfe"].astype(str)
+    frame = cells.pivot_table(
+        index=ROWS[number],
+        columns=["nfe", "whose"],
+        values="cell",
+        aggfunc="first",
+        sort=False,
+    )
+    order = [
+        (f"NFE {nfe}", who) for nfe in sorted(found["nfe"].unique()) for who in (unit, "paper")
+    ]
+    frame = frame[order].fillna("–")
+    bold = pd.DataFrame("", frame.index, frame.columns)
+    for _, row in best.iterrows():
+        names = tuple(row[name] for name in ROWS[number])
+        bold.loc[names if len(names) > 1 else names[0], (f"NFE {row['nfe']}", unit)] = (
+            "font-weight: bold"
+        )
+    frame.index.names = [None] * len(ROWS[number])
+    frame.columns.names = [None, None]
+    return frame.style.apply(lambda _: bold, axis=None)
+
+
 def benchmarks(path: Path) -> dict:
     """What ``python -m benchmarks all --output path`` wrote: the machine, and a frame per part.
 

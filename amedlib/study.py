@@ -35,7 +35,7 @@ from amedlib.metrics import Moments, jackknife_error, leave_one_out, moments_dis
 from amedlib.sampling import PRECISIONS, halved, in_precision, make_latents, num_steps_for, sample
 from amedlib.schedules import make_schedule
 from amedlib.solvers import TwoStage, make_solver
-from amedlib.training import Training, train
+from amedlib.training import FIRST_TRAINING_SEED, Training, train
 
 RESULTS = DATA / "results"
 BLOCKS = 10  # disjoint blocks of samples, for the jackknife
@@ -63,7 +63,9 @@ class Run:
         precision: in which the network computes, see ``in_precision``.
         nfe: network evaluations per sample; the number of time points follows from it.
         afs: analytical first step.
-        r: intermediate of fixed location: a number, or one per step.
+        r: intermediate of fixed location: a number, or one per step, or ``"searched"``: those that
+            a grid search finds (the metric ``"grid_search"``) on as many samples as a predictor
+            is trained with here, none of them among those that are measured.
         predictor: learned intermediate: fields of ``Training`` that are not stated here; completed
             with what its recipe says, so that the Run names every one of them.
         samples: number of samples.
@@ -86,7 +88,7 @@ class Run:
     precision: str = "float32"
     nfe: int = 5
     afs: bool = False
-    r: float | tuple[float, ...] | None = None
+    r: float | tuple[float, ...] | str | None = None
     predictor: dict | None = None
     samples: int = 5000
     first_seed: int = 0
@@ -122,7 +124,7 @@ class Run:
         )
         if isinstance(self.r, list):
             object.__setattr__(self, "r", tuple(self.r))
-        if self.r is not None:
+        if self.r is not None and self.r != "searched":
             TimeWise(self.r).check(self.num_steps - 1)
         if self.predictor is not None:
             known = [f.name for f in fields(Training) if f.name not in _SHARED]
@@ -161,6 +163,12 @@ class Run:
     def _schedule(self, points):
         ends = self.sigma_min, self.sigma_max
         return make_schedule(self.schedule, points, *ends, self.rho, self.noise_levels)
+
+    def search(self) -> "Run":
+        """The grid search for the r of a Run whose r is ``"searched"``."""
+        images = Training(**describe(self.dataset).training | {"recipe": "paper"}).images
+        fields = {"metric": "grid_search", "version": None, "r": 0.5, "samples": images}
+        return Run(**(asdict(self) | fields | {"first_seed": FIRST_TRAINING_SEED}))
 
     @property
     def key(self) -> str:
@@ -350,6 +358,12 @@ class Context:
 
     def intermediate(self, run: Run):
         """What a Run says of the intermediate; trains the predictor if nobody has."""
+        if run.r == "searched":
+            found = load_result(run.search(), self.results_dir)
+            if found is None:
+                (found,) = compute(run.search(), self.results_dir, self.device, self.progress)
+                save_result(found, self.results_dir)
+            return TimeWise(found.curves["r"])
         if run.r is not None:
             return TimeWise(run.r)
         if run.predictor is None:
@@ -462,9 +476,9 @@ def quality(run: Run, context: Context) -> dict[str, Measured]:
         found = {}
         if "fd" in metrics:
             images = data.to_images(out.x)
-            found["fd"] = Moments.of(data.features(images).cpu())
+            found["fd"] = Moments.of(data.features(images))
         if "fd_pixels" in metrics:
-            found["fd_pixels"] = Moments.of(images.flatten(1).cpu())
+            found["fd_pixels"] = Moments.of(images.flatten(1))
         if solution is not None:
             rows = [seed - run.first_seed for seed in seeds]
             distances = geometry.distance(out.x.cpu(), solution[rows])
@@ -519,7 +533,7 @@ def endpoint_accuracy(run: Run, context: Context) -> dict[str, Measured]:
 
     def measure(seeds):
         x, y = (_solve(run, context, seeds, points) for points in (fine, coarse))
-        return {"distance": Moments.of(geometry.distance(x, y).cpu()[:, None])}
+        return {"distance": Moments.of(geometry.distance(x, y)[:, None])}
 
     blocks = _by_block(run, context, measure)
     value, replicates = leave_one_out([b["distance"] for b in blocks], _root_mean_square)
@@ -539,7 +553,7 @@ def floor(run: Run, context: Context) -> dict[str, Measured]:
             order = torch.randperm(
                 len(images), generator=torch.Generator().manual_seed(run.first_seed + split)
             )
-            a, b = (Moments.of(rows[part].cpu()) for part in (order[:n], order[n : 2 * n]))
+            a, b = (Moments.of(rows[part]) for part in (order[:n], order[n : 2 * n]))
             values.append(moments_distance(a, b))
         curves = {"splits": values, "images per half": [n]}
         measured[f"floor_{metric}"] = Measured(float(np.mean(values)), curves=curves)
@@ -569,7 +583,7 @@ def trajectory_pca(run: Run, context: Context) -> dict[str, Measured]:
         )
         nfe = out.nfe
         pca = geometry.trajectory_pca(out.trajectory)
-        return {name: Moments.of(rows.T.cpu()) for name, rows in pca._asdict().items()}
+        return {name: Moments.of(rows.T) for name, rows in pca._asdict().items()}
 
     blocks = _by_block(run, context, measure)
     value, replicates = _curve_blocks(blocks, "relative_error", np.max)
@@ -657,7 +671,7 @@ def learned_r(run: Run, context: Context) -> dict[str, Measured]:
             listen,
             context.labels(seeds),
         )
-        return {"r": Moments.of(torch.stack(rows, dim=1).cpu())}
+        return {"r": Moments.of(torch.stack(rows, dim=1))}
 
     blocks = _by_block(run, context, measure)
     value, replicates = _curve_blocks(blocks, "r", np.max)
@@ -693,7 +707,7 @@ def compute(run: Run, results_dir=RESULTS, device="cpu", progress=True) -> list[
     data = load_dataset(run.dataset, device)
     context = Context(data, Path(results_dir), device, progress)
     start = time.perf_counter()
-    if run.predictor is not None:  # its training is not part of the Run's seconds
+    if run.predictor is not None or run.r == "searched":  # not part of the Run's seconds
         context.intermediate(run)
         start = time.perf_counter()
     measured = PROCEDURES[run.metric].compute(run, context)

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -46,6 +47,7 @@ class Training:
         afs: analytical first step of the student. The teacher never uses it.
         recipe: ``"paper"`` or ``"release"``.
         teacher: solver of the teacher; the student's unless given, Heun for AMED-Solver.
+        teacher_options: its options, where it is another solver than the student.
         m: M, the number of smooth intermediate steps of the teacher in every interval (Eq. 13).
         loss: ``"l2"`` (squared), ``"features"`` or ``"lpips"``.
         form, scale_dir, scale_time, uses_bottleneck: see ``Predictor``.
@@ -69,6 +71,7 @@ class Training:
     afs: bool = True
     recipe: str = "release"
     teacher: str | None = None
+    teacher_options: dict = field(default_factory=dict)
     m: int = 1
     loss: str = "l2"
     form: str | None = None
@@ -123,6 +126,7 @@ class Training:
             "a whole number from 0 to 999",
         )
         self.times()
+        self.teacher_solver()
 
     def times(self, refinement: int = 1) -> torch.Tensor:
         """The student's time points; with ``refinement = m + 1`` the teacher's."""
@@ -139,7 +143,8 @@ class Training:
 
     def teacher_solver(self):
         """The teacher; it shares the student's options where it is the same solver."""
-        return make_solver(self.teacher, **(self.options if self.teacher == self.solver else {}))
+        same = self.teacher == self.solver
+        return make_solver(self.teacher, **(self.options if same else self.teacher_options))
 
 
 TEACHERS = ("euler", "heun", "dpm2", "ipndm", "deis", "dpmpp", "unipc")
@@ -328,7 +333,9 @@ class Trainer:
             ).to(device)
         self.optimizer = torch.optim.Adam(self.predictor.parameters(), config.learning_rate)
         self.batches = -(-config.images // config.batch)
-        self.log: list[list[tuple[float, float, float]]] = []  # per batch and step: loss, r, its sd
+        # Per batch and step: loss, r, its standard deviation; and the seconds spent on them all.
+        self.log: list[list[tuple[float, float, float]]] = []
+        self.seconds = 0.0
 
     def seeds(self, batch: int) -> range:
         """The seeds of the batch-th batch of training latents."""
@@ -381,6 +388,7 @@ class Trainer:
             RuntimeError: not even one trajectory fits.
             ValueError: a loss is not finite.
         """
+        start = time.perf_counter()
         before = copy.deepcopy((self.predictor.state_dict(), self.optimizer.state_dict()))
         while True:
             try:
@@ -391,6 +399,7 @@ class Trainer:
                 self.predictor.load_state_dict(before[0])
                 self.optimizer.load_state_dict(before[1])
         self.log.append(rows)
+        self.seconds += time.perf_counter() - start
 
     def _step(self) -> list[tuple[float, float, float]]:
         seeds = self.seeds(len(self.log))
@@ -426,6 +435,7 @@ class Trainer:
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam/{i}/{name}": torch.as_tensor(v) for name, v in state.items()}
         tensors["log"] = torch.tensor(self.log, dtype=torch.float64)
+        tensors["seconds"] = torch.tensor(self.seconds, dtype=torch.float64)
         save_tensors(path, tensors, {"training": json.dumps(asdict(self.config))})
 
     def resume(self, path: Path) -> None:
@@ -445,6 +455,7 @@ class Trainer:
             state["state"].setdefault(int(index), {})[key] = value
         self.optimizer.load_state_dict(state)
         self.log = tensors["log"].tolist()
+        self.seconds = tensors["seconds"].item()
 
 
 def _below(prefix, tensors):
@@ -465,7 +476,8 @@ def train(
 
     Every 20 batches the state is kept in ``path`` with the suffix ``.partial``. The result is a
     safetensors file with the weights, the log [batches, N-1, 3] (loss, mean and standard deviation
-    of r over the batch) and the configuration. Arguments as in ``Trainer``.
+    of r over the batch), the seconds of training and the configuration. Arguments as in
+    ``Trainer``.
     """
     path = Path(path)
     if path.is_file():
@@ -487,18 +499,20 @@ def train(
             bar.update()
             if len(trainer.log) % 20 == 0:
                 trainer.save(partial)
-    save_predictor(path, trainer.predictor, config, trainer.log)
+    save_predictor(path, trainer)
     partial.unlink(missing_ok=True)
     return trainer.predictor.eval()
 
 
-def save_predictor(path: Path, predictor: Predictor, config: Training, log: list) -> None:
-    """Write a trained predictor with its log and full configuration."""
+def save_predictor(path: Path, trainer: Trainer) -> None:
+    """Write a trained predictor with its log, the seconds it took and its full configuration."""
+    predictor = trainer.predictor
     tensors = {f"predictor/{k}": v for k, v in predictor.state_dict().items()}
-    tensors["log"] = torch.tensor(log, dtype=torch.float32)
+    tensors["log"] = torch.tensor(trainer.log, dtype=torch.float32)
     metadata = {
-        "training": json.dumps(asdict(config)),
+        "training": json.dumps(asdict(trainer.config)),
         "bottleneck_size": json.dumps(predictor.bottleneck_size),
+        "seconds": f"{trainer.seconds:.3f}",
     }
     save_tensors(path, tensors, metadata)
 

@@ -17,7 +17,7 @@ def result(what, value, replicates=None):
 
 
 def test_table2_is_complete():
-    frame = paper.published("table2")
+    frame = plans.published("table2")
     counts = frame.groupby("dataset").size()
     assert dict(counts) == {"cifar10": 32, "imagenet64": 32, "ffhq": 24, "lsun_bedroom": 24}
     assert not frame.duplicated(["dataset", "method", "nfe"]).any()

@@ -429,7 +429,11 @@ class SongUNet(_UNet):
 
 
 class DhariwalUNet(_UNet):
-    """ADM. Arguments as in EDM; ``forward`` as in :class:`SongUNet`."""
+    """ADM. Arguments as in EDM; ``forward`` as in :class:`SongUNet`.
+
+    Two more, for OpenAI's own checkpoints: ``adaptive_scale`` as in :class:`UNetBlock`; with
+    ``middle_bottleneck`` the bottleneck is taken behind the two blocks between encoder and decoder.
+    """
 
     def __init__(
         self,
@@ -445,6 +449,8 @@ class DhariwalUNet(_UNet):
         attn_resolutions=(32, 16, 8),
         dropout=0.10,
         label_dropout=0,
+        adaptive_scale=True,
+        middle_bottleneck=False,
     ):
         super().__init__(
             img_resolution,
@@ -464,9 +470,10 @@ class DhariwalUNet(_UNet):
         init_zero = {"init_mode": "kaiming_uniform", "init_weight": 0.0, "init_bias": 0.0}
 
         def block(cin, cout, **options):
-            return UNetBlock(
-                cin, cout, emb_channels, init, init_zero, init, dropout=dropout, **options
-            )
+            options |= {"dropout": dropout, "adaptive_scale": adaptive_scale}
+            return UNetBlock(cin, cout, emb_channels, init, init_zero, init, **options)
+
+        self.middle_bottleneck = middle_bottleneck
 
         self.map_noise = PositionalEmbedding(model_channels, endpoint=False)
         self.map_augment = None
@@ -523,8 +530,10 @@ class DhariwalUNet(_UNet):
             x = block(x, emb) if isinstance(block, UNetBlock) else block(x)
             skips.append(x)
         bottleneck = x
-        for block in self.dec.values():
+        for name, block in self.dec.items():
             x = self._decoded(block, x, skips, emb)
+            if self.middle_bottleneck and name.endswith("_in1"):
+                bottleneck = x
         return self.out_conv(F.silu(self.out_norm(x))), bottleneck
 
 

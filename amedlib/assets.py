@@ -124,6 +124,13 @@ ASSETS: dict[str, Asset] = {
             size=95_628_359,
             sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
         ),
+        Asset(  # the backbone of LPIPS
+            "vgg16-397923af.pth",
+            ("https://download.pytorch.org/models/vgg16-397923af.pth",),
+            "BSD-3-Clause (torchvision)",
+            size=553_433_881,
+            sha256="397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+        ),
     )
 }
 

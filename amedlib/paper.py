@@ -8,7 +8,16 @@ import pandas as pd
 
 from amedlib import plans
 from amedlib.datasets import DATA, describe
-from amedlib.study import Estimate, difference, estimate, run, run_all
+from amedlib.files import load_tensors
+from amedlib.study import (
+    Estimate,
+    difference,
+    estimate,
+    load_result,
+    predictor_path,
+    run,
+    run_all,
+)
 
 
 def measure(planned: pd.DataFrame, **how) -> pd.DataFrame:
@@ -176,6 +185,31 @@ def against_baseline(measured: pd.DataFrame, baseline: str) -> dict[str, Estimat
         for key in measured["variant"].unique()
         if key != baseline
     }
+
+
+def costs_of_choice(measured: pd.DataFrame, results_dir) -> pd.DataFrame:
+    """Table 3's other half: what it costs to find r, and how much r varies between samples.
+
+    Args:
+        measured: of ``plans.table(3)``.
+
+    Returns:
+        A row per strategy; minutes of one search or training, the paper's minutes, and the largest
+        standard deviation of r over a batch among the steps (last batch of training), per NFE.
+    """
+    theirs = plans.published("table3")
+    theirs = theirs[theirs["unit"] == "min"].set_index(["strategy", "nfe"])["value"]
+    rows = []
+    for (strategy, nfe), group in measured.groupby(["strategy", "nfe"], sort=False):
+        what = group["result"].iloc[0].run
+        if what.r == "searched":
+            seconds, spread = load_result(what.search(), results_dir).seconds, np.nan
+        else:
+            tensors, metadata = load_tensors(predictor_path(what, results_dir))
+            seconds, spread = float(metadata["seconds"]), tensors["log"][-1, :, 2].max().item()
+        row = {"minutes": seconds / 60, "paper's minutes": theirs[strategy, nfe], "sd of r": spread}
+        rows.append({"strategy": strategy, "NFE": nfe} | row)
+    return pd.DataFrame(rows).pivot(index="strategy", columns="NFE")
 
 
 def _slug(text: str) -> str:

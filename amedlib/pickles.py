@@ -401,7 +401,8 @@ def load_edm_pickle(path, key="ema") -> EDMCheckpoint:
     """A network of one of EDM's checkpoints (``network-snapshot-*.pkl``), as data.
 
     Nothing of the file is imported, compiled or called: see the module's description. The tensors
-    are copies, so the file may change afterwards; memory is about twice its size at most.
+    are copies, so the file may change afterwards; memory is at most about twice its size, besides
+    the mapped file.
 
     Args:
         path: the file.

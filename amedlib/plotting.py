@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
+from amedlib import plans
+from amedlib.datasets import describe
 from amedlib.paper import against_baseline, estimates, with_interval
 
 LOOKS = {
@@ -211,6 +213,85 @@ def cells_table(number: int, measured: pd.DataFrame, unit: str):
     frame.index.names = [None] * len(ROWS[number])
     frame.columns.names = [None, None]
     return frame.style.apply(lambda _: bold, axis=None)
+
+
+def cells_caption(number: int, dataset: str, measured: pd.DataFrame) -> None:
+    """The caption of ``cells_table``: what was measured, on how many samples, how often trained."""
+    data, first = describe(dataset), measured["result"].iloc[0].run
+    what = f"{data.feature_distance_name} of {first.samples} samples to {data.reference_name}"
+    if first.metric == "endpoint_error":
+        what = f"Endpoint error of {first.samples} samples (root mean square distance to the ODE's "
+        what += "own solution)"
+    runs = [result.run for result in measured["result"] if result.run.predictor]
+    seeds = {nfe: len({r.predictor["seed"] for r in runs if r.nfe == nfe}) for nfe in measured.nfe}
+    trained = ", ".join(f"{n} at NFE {nfe}" for nfe, n in sorted(seeds.items()) if n)
+    one = " With one training its noise is not in the interval." if 1 in seeds.values() else ""
+    theirs = plans.published(f"table{number}")["dataset"].iloc[0]
+    caption(
+        f"Table {number} on {data.title}: {what}, lower is better, with 95 % intervals; best of "
+        f"ours in bold. Trainings of learned steps: {trained or 'none'}.{one} Beside them the "
+        f"paper's FID on {theirs}."
+    )
+
+
+def not_run(number: int, dataset: str, on: str):
+    """A table of the paper that cannot be run on a data set: its numbers, and what would run it."""
+    rows = plans.published(f"table{number}")
+    frame = rows.assign(nfe="NFE " + rows["nfe"].astype(str)).pivot_table(
+        index="method", columns="nfe", values="value", aggfunc="first", sort=False
+    )
+    frame.index.name = frame.columns.name = None
+    display(frame.style.format("{:.4g}"))
+    caption(
+        f"The paper's FID. Not run on {describe(dataset).title}, where its subject does not exist; "
+        f"on a GPU: `papermill notebooks/table{number}.ipynb out.ipynb -p dataset {on} -p device "
+        "cuda`"
+    )
+
+
+def cells_figure(number: int, measured: pd.DataFrame, unit: str) -> Figure:
+    """The rows of one of Tables 3 to 13 against NFE: ours left, the paper's right.
+
+    Rows of one kind (r, M, schedules, ...) take colours from dark to light in their order.
+    """
+    keys = [*ROWS[number], "nfe", "paper"]
+    found = estimates(_row_names(measured, number), by=keys)
+    figure, axes = _panels(2)
+    groups = list(found.groupby(ROWS[number], sort=False))
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(groups)))
+    for (names, rows), colour in zip(groups, colours, strict=True):
+        rows = rows.sort_values("nfe")
+        label = ", ".join(map(str, names if isinstance(names, tuple) else (names,)))
+        style = {"color": colour, "marker": "o", "markersize": 4, "label": label}
+        axes[0][0].errorbar(rows["nfe"], rows["value"], rows["half"], capsize=2, **style)
+        axes[0][1].plot(rows["nfe"], rows["paper"], **style)
+    for ax, title, label in zip(axes[0], ("ours", "the paper"), (unit, "FID"), strict=True):
+        _log_scale(ax)
+        _axis_of_nfe(ax, found["nfe"].unique())
+        ax.set(title=title, ylabel=label)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return figure
+
+
+def against_loss(found: pd.DataFrame, unit: str) -> Figure:
+    """Figure 8: quality against NFE, a line per method and training loss.
+
+    Args:
+        found: columns method, loss, nfe, value, half; from ``paper.estimates``.
+    """
+    figure, axes = _panels(1, width=5.6)
+    ax = axes[0][0]
+    for (method, loss), rows in found.groupby(["method", "loss"], sort=False):
+        style = look(method) | {"linestyle": "--" if loss == "l2" else "-"}
+        ax.errorbar(
+            rows["nfe"], rows["value"], rows["half"], capsize=2, label=f"{method}, {loss}", **style
+        )
+    _log_scale(ax)
+    _axis_of_nfe(ax, found["nfe"].unique())
+    ax.set(ylabel=unit)
+    ax.legend()
+    return figure
 
 
 def benchmarks(path: Path) -> dict:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from amedlib import assets
+from amedlib import assets, datasets
 from amedlib.assets import ASSETS, Asset, fetch
 from amedlib.datasets import DATA
 
@@ -437,21 +437,8 @@ def test_the_cache_is_where_amed_data_says(tmp_path, monkeypatch):
 
 
 def test_the_registry():
-    weights = "cifar10-32x32-uncond-vp ffhq-64x64-uncond-vp afhqv2-64x64-uncond-vp".split()
-    weights.append("imagenet-64x64-cond-adm")
-    references = "cifar10-32x32", "ffhq-64x64", "afhqv2-64x64", "imagenet-64x64"
-    assert set(ASSETS) == {
-        *(f"edm-{name}.pkl" for name in weights),
-        *(f"fid-refs/{name}.npz" for name in references),
-        "edm_bedroom256_ema.pt",
-        "edm_cat256_ema.pt",
-        "256x256_diffusion.pt",
-        "256x256_classifier.pt",
-        "VIRTUAL_lsun_bedroom256.npz",
-        "VIRTUAL_lsun_cat256.npz",
-        "VIRTUAL_imagenet256_labeled.npz",
-        "weights-inception-2015-12-05-6726825d.pth",
-    }
+    wanted = {name for entry in datasets.DATASETS.values() for name in entry.assets}
+    assert set(ASSETS) == wanted | {datasets.INCEPTION, datasets.VGG}
     for name, asset in ASSETS.items():
         assert asset.name == name and asset.licence
         assert asset.urls and all(url.startswith("https://") for url in asset.urls)

@@ -6,7 +6,7 @@ import itertools
 import pandas as pd
 import pytest
 
-from amedlib import paper, plans
+from amedlib import plans
 from amedlib.datasets import DATA
 
 COLUMNS = (

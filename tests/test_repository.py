@@ -38,12 +38,15 @@ def test_conda_environment_asks_for_what_pyproject_asks_for():
     assert given == asked
 
 
-def test_constraints_are_exact_and_satisfy_pyproject():
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+@pytest.mark.parametrize(
+    "file, extra", [("constraints.txt", "book"), ("constraints-paper.txt", "paper")]
+)
+def test_constraints_are_exact_and_satisfy_pyproject(file, extra):
+    lines = (ROOT / file).read_text().splitlines()
     lines = [line for line in lines if not line.startswith("#")]
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
     versions = {name: str(spec).removeprefix("==") for name, spec in requirements(lines).items()}
-    asked = requirements(PROJECT["dependencies"] + EXTRAS["book"] + EXTRAS["dev"])
+    asked = requirements(PROJECT["dependencies"] + EXTRAS[extra] + EXTRAS["dev"])
     assert asked.keys() <= versions.keys()
     assert not {name: versions[name] for name in asked if versions[name] not in asked[name]}
 
@@ -106,8 +109,10 @@ def test_the_repository_has_one_address():
 
 def sources():
     """All files of the repository, but not what was installed or built in the checkout."""
-    passed_over = {".git", ".venv", "_build", "__pycache__", "amedlib.egg-info"}
+    passed_over = {".git", ".venv", ".venv-paper", "_build", "__pycache__", "amedlib.egg-info"}
     for folder, folders, names in os.walk(ROOT):
+        if folder == str(ROOT / "data"):
+            folders[:] = set(folders) - {"cache"}  # downloads
         folders[:] = [f for f in folders if f not in passed_over and not f.endswith("_cache")]
         yield from (Path(folder, name) for name in names)
 

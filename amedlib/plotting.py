@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 from IPython.display import Markdown, display
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from amedlib import plans
+from amedlib.assets import ASSETS
 from amedlib.datasets import describe
 from amedlib.paper import against_baseline, estimates, with_interval
 
@@ -294,6 +295,43 @@ def against_loss(found: pd.DataFrame, unit: str) -> Figure:
     return figure
 
 
+def entries_table(entries):
+    """Declared data sets with their settings, a row each."""
+    rows = {
+        entry.name: {
+            "title": entry.title,
+            "shape": "x".join(map(str, entry.shape)),
+            "noise levels": f"{entry.sigma_min:.3g} to {entry.sigma_max:.4g}",
+            "schedule": entry.schedule or "–",
+            "plugin on": entry.plugin,
+            "AFS": "✓" if entry.afs else "✗",
+            "guidance": "–" if entry.guidance is None else f"{entry.guidance:g}",
+            "loss": entry.training.get("loss", "l2"),
+            "batch": entry.training.get("batch", 128),
+            "samples": entry.samples,
+            "precision": entry.precision,
+            "evaluations per call": entry.evaluations_per_call,
+        }
+        for entry in entries
+    }
+    return pd.DataFrame(rows).T.style
+
+
+def assets_table(entries):
+    """The files of data sets: size, licence, where from, and whether a checksum is published."""
+    names = dict.fromkeys(name for entry in entries for name in entry.assets)
+    rows = {
+        name: {
+            "size": f"{asset.size / 1e6:,.0f} MB" if asset.size else "–",
+            "licence": asset.licence,
+            "checksum": (asset.checksum or "–").split(":")[0],
+            "from": asset.urls[0].split("/")[2],
+        }
+        for name, asset in ((name, ASSETS[name]) for name in names)
+    }
+    return pd.DataFrame(rows, index=["size", "licence", "checksum", "from"]).T.style
+
+
 def benchmarks(path: Path) -> dict:
     """What ``python -m benchmarks all --output path`` wrote: the machine, and a frame per part.
 
@@ -440,4 +478,46 @@ def local_errors(curves: dict[str, dict]) -> Figure:
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(xlabel="step", ylabel="local error (RMS norm)")
     figure.legend(loc="outside lower center", ncols=4)
+    return figure
+
+
+def gains(panels: dict[str, pd.DataFrame], ylabels) -> Figure:
+    """What AMED-Plugin's gains are made of: plain solver, with AFS, with AFS and a learned step.
+
+    Args:
+        panels: title to frame with columns solver, nfe, plain, with_afs, with_both; from
+            ``audit.gains``.
+        ylabels: label of each panel's y axis.
+    """
+    frames = list(panels.values())
+    solvers = pd.concat(frames)["solver"].unique()
+    nfes = sorted(pd.concat(frames)["nfe"].unique())
+    figure = Figure(figsize=(8.8, 0.6 + 2.6 * len(panels)))
+    axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
+    width = len(nfes) + 0.5  # of a solver's group; a place is one NFE
+    places = {s: [i * width + j for j in range(len(nfes))] for i, s in enumerate(solvers)}
+    learned = {**look("AMED-Plugin"), "label": "learned step (AMED-Plugin with AFS)"}
+    for (title, frame), ylabel, ax in zip(panels.items(), ylabels, axes, strict=True):
+        for row in frame.itertuples():
+            x, colour = places[row.solver][nfes.index(row.nfe)], look(row.solver)["color"]
+            ax.plot([x - 0.3, x], [row.plain, row.with_afs], color="#888888", linestyle=":")
+            ax.plot([x, x + 0.3], [row.with_afs, row.with_both], color=learned["color"])
+            ax.plot(x - 0.3, row.plain, "o", color=colour, markerfacecolor="none")
+            ax.plot(x, row.with_afs, "o", color=colour)
+            ax.plot(x + 0.3, row.with_both, learned["marker"], color=learned["color"])
+        _log_scale(ax)
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.set_title(title, pad=20)
+        ax.set(ylabel=ylabel)
+        for solver in solvers:
+            centre = np.mean(places[solver])
+            place = {"transform": ax.get_xaxis_transform(), "ha": "center"}
+            ax.text(centre, 1.02, solver, color=look(solver)["color"], **place)
+    axes[-1].set_xticks(np.concatenate(list(places.values())), nfes * len(solvers))
+    axes[-1].set_xlabel("network evaluations per sample (NFE)")
+    grey = {"color": "#888888", "marker": "o", "linestyle": ":"}
+    axes[0].plot([], [], markerfacecolor="none", label="plain solver", **grey)
+    axes[0].plot([], [], label="with AFS", **grey)
+    axes[0].plot([], [], **learned)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure

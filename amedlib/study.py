@@ -67,7 +67,8 @@ class Run:
             a grid search finds (the metric ``"grid_search"``) on as many samples as a predictor
             is trained with here, none of them among those that are measured.
         predictor: learned intermediate: fields of ``Training`` that are not stated here; completed
-            with what its recipe says, so that the Run names every one of them.
+            with what its recipe says, so that the Run names every one of them. Its ``num_steps`` is
+            the Run's own unless stated: that of another Run whose predictor serves here.
         samples: number of samples.
         first_seed: sample i is drawn from seed ``first_seed + i``.
         version: of the procedure; raised by hand when its meaning changes.
@@ -129,8 +130,16 @@ class Run:
         if self.predictor is not None:
             known = [f.name for f in fields(Training) if f.name not in _SHARED]
             for name in self.predictor:
-                one_of("a field of predictor", name, known)
+                one_of("a field of predictor", name, [*known, "num_steps"])
             full = asdict(self.training)
+            if full["num_steps"] != self.num_steps:
+                require(
+                    full["form"] != "table",
+                    "num_steps of predictor",
+                    full["num_steps"],
+                    f"the Run's own, {self.num_steps}, in the form 'table'",
+                )
+                known.append("num_steps")
             object.__setattr__(self, "predictor", {name: full[name] for name in known})
         self.times()
 
@@ -150,7 +159,7 @@ class Run:
     def training(self) -> Training:
         """The training of the predictor."""
         shared = {name: getattr(self, name) for name in _SHARED}
-        return Training(**shared, **self.predictor)
+        return Training(**shared | self.predictor)
 
     def times(self) -> torch.Tensor:
         """The time points [N]."""
@@ -305,6 +314,11 @@ def code_fingerprint() -> str:
 def _versions() -> dict[str, str]:
     packages = {name: version(name) for name in ("torch", "numpy", "scipy")}
     return {"python": platform.python_version()} | packages
+
+
+def best_device(device: str | None) -> str:
+    """The device that is asked for; with ``None`` the GPU, if there is one."""
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @lru_cache
@@ -702,8 +716,9 @@ PROCEDURES = {
 # --- running ------------------------------------------------------------------------------------
 
 
-def compute(run: Run, results_dir=RESULTS, device="cpu", progress=True) -> list[Result]:
+def compute(run: Run, results_dir=RESULTS, device=None, progress=True) -> list[Result]:
     """Compute a Run, whatever the store holds; also what comes with it at no cost."""
+    device = best_device(device)
     data = load_dataset(run.dataset, device)
     context = Context(data, Path(results_dir), device, progress)
     start = time.perf_counter()
@@ -726,7 +741,7 @@ def compute(run: Run, results_dir=RESULTS, device="cpu", progress=True) -> list[
     ]
 
 
-def run(what: Run, results_dir=RESULTS, device="cpu", progress=True) -> Result:
+def run(what: Run, results_dir=RESULTS, device=None, progress=True) -> Result:
     """One number: from the store, or computed and stored.
 
     Raises:
@@ -751,7 +766,7 @@ def _run_in_worker(what, results_dir, device):
 def run_all(
     runs: Sequence[Run],
     results_dir=RESULTS,
-    device="cpu",
+    device: str | None = None,
     executor: Executor | None = None,
     progress=True,
 ) -> pd.DataFrame:
@@ -765,6 +780,11 @@ def run_all(
     missing = {what.key: what for what in runs if results[what.key] is None}
     if missing:
         check_writable(results_dir)
+    # A data set whose files cannot be had is found out before any work starts.
+    for name in {what.dataset for what in missing.values()}:
+        data = load_dataset(name, "cpu" if executor else best_device(device))
+        if any(what.metric == "fd" for what in missing.values()):
+            _ = data.reference
     # Runs that differ in the metric only are computed together, so one of them goes first.
     groups: dict[str, list[Run]] = {}
     for what in missing.values():
@@ -830,6 +850,8 @@ class Estimate:
             nothing was trained, NaN where there is one seed only and it is not known.
         seeds: number of trained predictors, at least 1.
         samples: samples per number.
+        pooled: degrees of freedom of a training error that was taken from other predictors;
+            ``None`` where it was not.
     """
 
     value: float
@@ -837,20 +859,43 @@ class Estimate:
     training_error: float | None
     seeds: int
     samples: int
+    pooled: int | None = None
+
+    @property
+    def _variances(self) -> tuple[float, float]:
+        """Of sampling and of training; an unknown one is left out."""
+        training = (self.training_error or 0.0) ** 2
+        return self.sampling_error**2, 0.0 if np.isnan(training) else training
+
+    @property
+    def degrees_of_freedom(self) -> float:
+        """After Welch and Satterthwaite; infinite for a value without uncertainty."""
+        a, b = self._variances
+        of_training = self.pooled or self.seeds - 1
+        below = a**2 / (BLOCKS - 1) + (b**2 / of_training if b else 0.0)
+        return (a + b) ** 2 / below if below else np.inf
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval (Student's t, degrees of freedom after Welch and Satterthwaite)."""
-        a, b = self.sampling_error**2, (self.training_error or 0.0) ** 2
-        b = 0.0 if np.isnan(b) else b
-        if a + b == 0:
-            return self.value, self.value
-        df = (a + b) ** 2 / (a**2 / (BLOCKS - 1) + (b**2 / (self.seeds - 1) if b else 0))
-        half = stats.t.ppf(0.975, df) * np.sqrt(a + b)
-        return self.value - half, self.value + half
+        """95 % interval (Student's t)."""
+        half = stats.t.ppf(0.975, self.degrees_of_freedom) * np.sqrt(sum(self._variances))
+        return float(self.value - half), float(self.value + half)
+
+    @property
+    def p_value(self) -> float:
+        """Of the hypothesis that the true value is zero: two-sided, Student's t.
+
+        One where the noise of training is not known; zero for a value without uncertainty.
+        """
+        if self.training_error is not None and np.isnan(self.training_error):
+            return 1.0
+        error = np.sqrt(sum(self._variances))
+        if error == 0:
+            return float(self.value == 0)
+        return float(2 * stats.t.sf(abs(self.value) / error, self.degrees_of_freedom))
 
 
-def _combine(groups: list[list[Result]], signs: list[int]) -> Estimate:
+def _combine(groups: list[list[Result]], weights: list[float], noise=None) -> Estimate:
     everything = [result for group in groups for result in group]
     samples = {result.run.samples for result in everything}
     require(
@@ -858,32 +903,49 @@ def _combine(groups: list[list[Result]], signs: list[int]) -> Estimate:
     )
     means = [np.mean([result.value for result in group]) for group in groups]
     replicates = sum(
-        sign * np.mean([result.replicates for result in group], axis=0)
-        for sign, group in zip(signs, groups, strict=True)
+        weight * np.mean([result.replicates for result in group], axis=0)
+        for weight, group in zip(weights, groups, strict=True)
     )
-    variance, trained = 0.0, False
-    for group in groups:
-        if group[0].run.predictor is not None:
-            trained = True
-            values = [result.value for result in group]
-            variance += np.var(values, ddof=1) / len(values) if len(values) > 1 else np.nan
-    seeds = [len(group) for group in groups if group[0].run.predictor is not None]
+    variance, seeds, pooled = 0.0, [], []
+    for weight, group in zip(weights, groups, strict=True):
+        if group[0].run.predictor is None:
+            continue
+        seeds.append(len(group))
+        values = [result.value for result in group]
+        known = noise(group[0].run) if noise and len(group) == 1 else None
+        if known:
+            spread = (known[0] * values[0]) ** 2
+            pooled.append(known[1])
+        else:
+            spread = np.var(values, ddof=1) / len(values) if len(values) > 1 else np.nan
+        variance += weight**2 * spread
+    few = [n - 1 for n in seeds if n > 1]
     return Estimate(
-        float(np.dot(signs, means)),
+        float(np.dot(weights, means)),
         jackknife_error(replicates) if np.size(replicates) else 0.0,
-        float(np.sqrt(variance)) if trained else None,
+        float(np.sqrt(variance)) if seeds else None,
         min(seeds, default=1),
         samples.pop(),
+        min(pooled + few) if pooled else None,
     )
 
 
-def estimate(results: list[Result]) -> Estimate:
-    """The mean of results that differ in the training seed only."""
-    return _combine([results], [1])
+def estimate(results: list[Result], noise=None) -> Estimate:
+    """The mean of results that differ in the training seed only; ``noise`` as in ``difference``."""
+    return _combine([results], [1], noise)
 
 
-def difference(a: list[Result], b: list[Result]) -> Estimate:
-    """Paired difference a - b on the same latents; each a list over training seeds.
+def difference(
+    a: list[Result],
+    b: list[Result],
+    factor: float = 1.0,
+    noise: Callable[[Run], tuple[float, int] | None] | None = None,
+) -> Estimate:
+    """Paired difference a - factor b on the same latents; each a list over training seeds.
+
+    Args:
+        noise: for a predictor that was trained once, its relative standard deviation over training
+            seeds and the degrees of freedom of that number, from elsewhere; ``None``: not known.
 
     Raises:
         ValueError: the numbers of samples or the latents differ.
@@ -895,4 +957,4 @@ def difference(a: list[Result], b: list[Result]) -> Estimate:
         sorted(latents),
         "the same for a paired difference",
     )
-    return _combine([a, b], [1, -1])
+    return _combine([a, b], [1, -factor], noise)

@@ -164,3 +164,14 @@ def test_a_page_that_was_not_written_is_found(build, tmp_path):
     (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: index\nchapters:\n- file: a/b\n")
     (tmp_path / "index.html").write_text("")
     assert build.problems(tmp_path, tmp_path / "_toc.yml") == ["a/b.html was not written"]
+
+
+def test_the_howto_runs_as_it_stands(tmp_path):
+    text = (ROOT / "book/howto.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) < 30
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split("torch.Size")[0].strip() == "5"
+    assert (tmp_path / "predictor.safetensors").is_file()

@@ -303,3 +303,15 @@ def test_different_sample_counts_are_never_compared():
     c = made_up(1.0, range(10), first_seed=1)
     with pytest.raises(ValueError, match="the same for a paired difference"):
         difference([a], [c])
+
+
+def test_files_that_cannot_be_had_are_reported_before_any_work(toy, tmp_path, monkeypatch):
+    def load(name, device="cpu"):
+        if name == "digits_uncentred":
+            raise ValueError("its files are missing")
+        return toy_dataset(toy)
+
+    monkeypatch.setattr(study, "load_dataset", load)
+    with pytest.raises(ValueError, match="its files are missing"):
+        study.run_all([RUN, replace(RUN, dataset="digits_uncentred")], tmp_path, progress=False)
+    assert toy.images == 0

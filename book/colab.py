@@ -42,7 +42,8 @@ def prepared(path: Path) -> nbformat.NotebookNode:
     notebook = nbformat.read(path, as_version=4)
     title, colab, *_ = notebook.cells
     heading, *text = (line for line in title.source.split("\n") if "colab.svg" not in line)
-    title.source = "\n".join([heading, "", badge(path.name), "", *text[1:]]).rstrip()
+    text = "\n".join(text).strip()
+    title.source = "\n\n".join([heading, badge(path.name), *([text] if text else [])])
     address, _ = repository()
     source = CELL.format(address=address, folder=address.rpartition("/")[2]).rstrip()
     if "google.colab" in colab.source:

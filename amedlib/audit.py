@@ -1,0 +1,467 @@
+"""The paper's tables against each other, and its sentences against its tables; all by code.
+
+The numbers are those of ``data/paper``. Nothing is measured here: ``stored`` shows what the store
+of results holds and leaves out what it does not.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import pandas as pd
+
+from amedlib import plans
+from amedlib.datasets import DATA, describe
+from amedlib.paper import with_interval
+from amedlib.study import RESULTS, difference, load_result
+
+MULTI_STEP = ("DPM-Solver++(3M)", "UniPC", "iPNDM")
+TWO_EVALUATIONS = ("DPM-Solver-2", "EDM", "AMED-Solver")
+# What makes two cells the same experiment. Tables 4 and 7 also name a teacher and M.
+EXPERIMENT = ["dataset", "solver", "afs", "amed", "schedule", "r", "strategy", "guidance", "nfe"]
+NAMED = ["teacher", "M"]
+
+
+def complete(frame: pd.DataFrame) -> pd.DataFrame:
+    """Cells of the tables with what the columns leave to be understood.
+
+    ``solver`` is the method, or what a plugin is on; ``r`` is 0.5 for plain DPM-Solver-2 and
+    ``strategy`` sample-wise for AMED-Solver unless given (Sec. 4.1, 4.3); ``nfe_without_afs`` is
+    the NFE on the same time points without AFS.
+
+    Args:
+        frame: columns as of ``plans.published``, one or several tables.
+    """
+    solver = frame["method"].str.replace(r"^AMED-Plugin \((.*)\)$", r"\1", regex=True)
+    ours = frame["amed"] & (solver == "AMED-Solver")
+    default_r = (solver == "DPM-Solver-2") & ~frame["amed"] & frame["r"].isna()
+    return frame.assign(
+        table=frame["table"].astype(int),
+        solver=solver,
+        plugin=frame["amed"] & (solver != "AMED-Solver"),
+        multi_step=solver.isin(MULTI_STEP),
+        r=frame["r"].mask(default_r, 0.5),
+        strategy=frame["strategy"].mask(ours & frame["strategy"].isna(), "sample_wise"),
+        nfe_without_afs=frame["nfe"] + frame["afs"],
+    ).reset_index(drop=True)
+
+
+@lru_cache
+def cells() -> pd.DataFrame:
+    """All cells of Tables 2 to 13."""
+    tables = [plans.published(f"table{n}").astype({"strategy": object}) for n in range(2, 14)]
+    return complete(plans.concat(tables))
+
+
+def label(cell: pd.Series) -> str:
+    """A cell's row in words."""
+    words = [f"AMED-Plugin ({cell['solver']})" if cell["plugin"] else cell["solver"]]
+    if cell["schedule"] != plans.METHODS[cell["solver"]].schedule:
+        words.append(cell["schedule"])
+    if cell["solver"] == "DPM-Solver-2" and pd.notna(cell["r"]) and cell["r"] != 0.5:
+        words.append(f"r = {cell['r']:g}")
+    words += (
+        [cell["strategy"].replace("_", "-")]
+        if pd.notna(cell["strategy"]) and cell["table"] == 3
+        else []
+    )
+    words += [f"teacher {cell['teacher']}"] if pd.notna(cell["teacher"]) else []
+    words += [f"M = {cell['M']:g}"] if pd.notna(cell["M"]) else []
+    return ", ".join(words + (["AFS"] if cell["afs"] else []))
+
+
+def printed(value: float) -> str:
+    """A number as the paper prints it: two decimals, one from 100."""
+    return (f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}").replace("-", "−")
+
+
+def _title(dataset: str) -> str:
+    return describe(dataset).title
+
+
+def shown(frame: pd.DataFrame, columns: dict[str, str]):
+    """A frame as a table of the page: some columns, under the headings given for them."""
+    frame = frame[list(columns)]
+    if "dataset" in frame:
+        frame = frame.assign(dataset=frame["dataset"].map(_title))
+    frame = frame.rename(columns=columns)
+    words = {"white-space": "normal", "text-align": "left"}
+    styled = frame.style.hide(axis="index").set_properties(
+        frame.select_dtypes(exclude="number").columns, **words
+    )
+    return styled.format(lambda v: printed(v) if isinstance(v, float) else v, na_rep="–")
+
+
+# --- 1. The same experiment in several tables ----------------------------------------------------
+
+
+def pairs(cells: pd.DataFrame) -> pd.DataFrame:
+    """Pairs of FID cells of two tables that describe one experiment (``EXPERIMENT``).
+
+    Cells that name a teacher or M are left to ``best_of_ablation``.
+
+    Returns:
+        ``EXPERIMENT``, ``row`` in words, table_a, value_a, table_b, value_b, ``difference`` (b
+        minus a) and, where it is not zero, ``elsewhere``: where else one of the two values stands,
+        among cells of the same solver, data set and NFE that are another experiment or name a
+        teacher or M.
+    """
+    fid = cells[cells["unit"] == "FID"]
+    plain = fid[fid[NAMED].isna().all(axis=1)]
+    plain = plain.assign(row=[label(cell) for _, cell in plain.iterrows()])
+    found = plain.merge(plain, on=EXPERIMENT, suffixes=("_a", "_b"))
+    found = found[found["table_a"] < found["table_b"]].reset_index(drop=True)
+    found = found.rename(columns={"row_a": "row"})
+    keep = [*EXPERIMENT, "row", "table_a", "value_a", "table_b", "value_b"]
+    found = found[keep].assign(difference=found["value_b"] - found["value_a"])
+    return found.assign(elsewhere=[_elsewhere(pair, fid) for _, pair in found.iterrows()])
+
+
+def _elsewhere(pair: pd.Series, fid: pd.DataFrame) -> str:
+    if pair["difference"] == 0:
+        return ""
+    other = fid[["afs", "amed"]].ne(pair[["afs", "amed"]].to_numpy()).any(axis=1)
+    same = (fid[["dataset", "solver", "nfe"]] == pair[["dataset", "solver", "nfe"]]).all(axis=1)
+    other |= fid[NAMED].notna().any(axis=1)
+    held = fid[same & other & fid["value"].isin([pair["value_a"], pair["value_b"]])]
+    return "; ".join(
+        f"{printed(c['value'])}: Table {c['table']}, {label(c)}" for _, c in held.iterrows()
+    )
+
+
+def best_of_ablation(cells: pd.DataFrame) -> pd.DataFrame:
+    """Cells of tables that name no teacher or M, beside the tables that do (4 and 7).
+
+    Returns:
+        table, ablation, solver, nfe, value; ``best`` of the ablation at this NFE; ``choice``: which
+        teacher or M has the printed value, "" if none.
+    """
+    fid = cells[cells["unit"] == "FID"]
+    named = fid[NAMED].notna().any(axis=1)
+    choices = [_choice(row) for _, row in fid[named].iterrows()]
+    ablation = fid[named].assign(option=choices)[[*EXPERIMENT, "table", "option", "value"]]
+    both = fid[~named].merge(ablation, on=EXPERIMENT, suffixes=("", "_ablation"))
+    rows = []
+    for key, group in both.groupby(["table", "table_ablation", "solver", "nfe"]):
+        value = group["value"].iloc[0]
+        taken = group.loc[group["value_ablation"] == value, "option"]
+        best = group["value_ablation"].min()
+        names = ("table", "ablation", "solver", "nfe")
+        row = dict(zip(names, key, strict=True))
+        rows.append(row | {"value": value, "best": best, "choice": " or ".join(taken)})
+    return pd.DataFrame(rows)
+
+
+def _choice(cell: pd.Series) -> str:
+    return cell["teacher"] if pd.notna(cell["teacher"]) else f"M = {cell['M']:g}"
+
+
+# --- 2. Bold entries -----------------------------------------------------------------------------
+
+
+def bold_columns(cells: pd.DataFrame) -> list[pd.DataFrame]:
+    """The columns of FID in which one entry is bold: per table, data set and NFE.
+
+    Tables 9 and 10 have one in either half (multi-step and single-step), Table 13 per guidance.
+    """
+    fid = cells[cells["unit"] == "FID"]
+    half = fid["multi_step"] & fid["table"].isin([9, 10])
+    keys = ["table", "dataset", "nfe", "guidance", half.rename("half")]
+    return [column for _, column in fid.groupby(keys, dropna=False)]
+
+
+def bold_exceptions(cells: pd.DataFrame) -> pd.DataFrame:
+    """Columns whose bold entry is not the single smallest one.
+
+    Returns:
+        A row per entry that is as small or smaller: table, dataset, nfe, bold, value, other,
+        other_value, ``finding``; or one that counts the bold entries where they are not one.
+    """
+    rows = []
+    for column in bold_columns(cells):
+        where = column.iloc[0][["table", "dataset", "nfe"]].to_dict()
+        bold = column[column["bold"]]
+        if len(bold) != 1:
+            rows.append(where | {"finding": f"{len(bold)} bold entries"})
+            continue
+        value = bold["value"].item()
+        for _, other in column[~column["bold"] & (column["value"] <= value)].iterrows():
+            rows.append(
+                where
+                | {
+                    "bold": label(bold.iloc[0]),
+                    "value": value,
+                    "other": label(other),
+                    "other_value": other["value"],
+                    "finding": "as good" if other["value"] == value else "better",
+                }
+            )
+    columns = ["table", "dataset", "nfe", "bold", "value", "other", "other_value", "finding"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+# --- 3. Sentences --------------------------------------------------------------------------------
+
+
+@lru_cache
+def statements() -> pd.DataFrame:
+    """Sentences of the paper in our words, each with what tests it on ``cells``.
+
+    Columns:
+        place, sentence, note; ``reading``: "text", or how a stricter reading of ours differs.
+        better, worse: pandas queries of cells; ``better`` is claimed to have the lower value.
+        same: columns in which two cells that are compared agree.
+        pick: "each" cell, or the "best" of either side.
+        within: the share by which ``better`` may be worse (negative: must be better); strictly
+            lower where there is none.
+        expected: "number" or "data set number; ...": what ``worse`` minus ``better`` is claimed to
+            be, or ``better`` itself where there is no ``worse``.
+        claim: "always" or "mostly" (in more than half of the comparisons).
+    """
+    return pd.read_csv(DATA / "paper" / "statements.csv", dtype=str, keep_default_na=False)
+
+
+def comparisons(statement: pd.Series, cells: pd.DataFrame) -> pd.DataFrame:
+    """The comparisons that a statement makes: columns better, worse, ``met`` and ``tie``."""
+    better = cells.query(statement["better"])
+    same = statement["same"].split()
+    if statement["worse"]:
+        worse = cells.query(statement["worse"])
+        if statement["pick"] == "best":
+            better, worse = (
+                side.groupby(same, as_index=False)["value"].min() for side in (better, worse)
+            )
+        both = better.merge(worse, on=same, suffixes=("", "_worse"))
+        both = both.assign(better=both["value"], worse=both["value_worse"])
+    else:
+        both = better.assign(better=better["value"], worse=np.nan)
+    if statement["expected"]:
+        return _against_expected(statement["expected"], both)
+    tie = both["better"] == both["worse"]
+    met = both["better"] < both["worse"]
+    if statement["within"]:
+        met = both["better"] <= (1 + float(statement["within"])) * both["worse"]
+    return both.assign(met=met, tie=tie & ~met)
+
+
+def _against_expected(expected: str, both: pd.DataFrame) -> pd.DataFrame:
+    found = (both["worse"] - both["better"]).fillna(both["better"])
+    both = both.assign(found=found)
+    if " " in expected:  # a number per data set; one that has no cell is not met
+        numbers = dict(part.split() for part in expected.split("; "))
+        both = both.set_index("dataset").reindex(numbers).reset_index()
+        target = both["dataset"].map(numbers).astype(float)
+    else:
+        target = float(expected)
+    return both.assign(met=(both["found"] - target).abs() < 1e-9, tie=False)
+
+
+def judge(cells: pd.DataFrame, statements: pd.DataFrame) -> pd.DataFrame:
+    """Statements against cells: the columns of ``statements`` and
+
+    Returns:
+        met, tie, of: numbers of comparisons; ``count``: the same in words; ``verdict``:
+        *supported* where all are met (more than half, if the claim is "mostly"), *contradicted*
+        where none is (not more than half), else *partly*.
+
+    Raises:
+        ValueError: a statement compares nothing.
+    """
+    rows = []
+    for _, statement in statements.iterrows():
+        made = comparisons(statement, cells)
+        if made.empty:
+            raise ValueError(f"The statement {statement['sentence']!r} compares no cells.")
+        met, of = int(made["met"].sum()), len(made)
+        enough, none = (met == of, met == 0)
+        if statement["claim"] == "mostly":
+            enough, none = (2 * met > of, 2 * met <= of)
+        verdict = "supported" if enough else "contradicted" if none else "partly"
+        tie = int(made["tie"].sum())
+        count = f"{met} of {of}" + (f", {tie} tie{'s' * (tie > 1)}" if tie else "")
+        rows.append({"met": met, "tie": tie, "of": of, "count": count, "verdict": verdict})
+    return statements.reset_index(drop=True).join(pd.DataFrame(rows))
+
+
+# --- 4. What a gain is made of -------------------------------------------------------------------
+
+_KINDS = {(False, False): "plain", (True, False): "with_afs", (True, True): "with_both"}
+GAIN = ["dataset", "solver", "nfe"]
+
+
+def gains(cells: pd.DataFrame) -> pd.DataFrame:
+    """The gain of AMED-Plugin with AFS over the plain solver, in two parts.
+
+    Args:
+        cells: columns dataset, solver, afs, amed, nfe, value; such as those of Tables 9 and 10.
+
+    Returns:
+        For each data set, solver and NFE that has all three: plain, with_afs, with_both (FID);
+        ``by_afs`` (plain minus with_afs), ``by_step`` (with_afs minus with_both), ``total``.
+    """
+    flags = zip(cells["afs"], cells["amed"], strict=True)
+    found = cells.assign(kind=[_KINDS.get(flag) for flag in flags])
+    wide = found.pivot(index=GAIN, columns="kind", values="value")
+    wide = wide.reindex(columns=_KINDS.values()).dropna().reset_index()
+    wide.columns.name = None
+    return wide.assign(
+        by_afs=wide["plain"] - wide["with_afs"],
+        by_step=wide["with_afs"] - wide["with_both"],
+        total=wide["plain"] - wide["with_both"],
+    )
+
+
+def papers_gains() -> pd.DataFrame:
+    """``gains`` of Tables 9 and 10."""
+    return gains(cells().query("table in [9, 10]"))
+
+
+def stored(planned: pd.DataFrame, results_dir=RESULTS) -> pd.DataFrame:
+    """The rows of a plan whose results are in the store, with ``result``; computes nothing."""
+    results = [load_result(what, results_dir) for what in planned["run"]]
+    found = complete(planned.assign(table=0, dataset=[what.dataset for what in planned["run"]]))
+    found["result"] = results
+    return found[found["result"].notna()].reset_index(drop=True)
+
+
+def our_gains(measured: pd.DataFrame) -> pd.DataFrame:
+    """``gains`` of measured cells with 95 % half widths of the paired differences.
+
+    Args:
+        measured: columns dataset, solver, afs, amed, nfe, result; from ``stored``.
+
+    Returns:
+        The columns of ``gains``, by_afs_half and by_step_half.
+    """
+    keys = [*GAIN, "afs", "amed"]
+    groups = {key: rows["result"].tolist() for key, rows in measured.groupby(keys)}
+    found = measured.assign(value=[result.value for result in measured["result"]])
+    found = gains(found.groupby(keys, as_index=False)["value"].mean())
+    plain, with_afs, with_both = _KINDS
+    for part, before, after in (("by_afs", plain, with_afs), ("by_step", with_afs, with_both)):
+        ends = [
+            difference(groups[(*key, *before)], groups[(*key, *after)]).interval
+            for key in found[GAIN].itertuples(index=False, name=None)
+        ]
+        found[f"{part}_half"] = [(high - low) / 2 for low, high in ends]
+    return found
+
+
+def gain_table(found: pd.DataFrame) -> pd.DataFrame:
+    """``gains`` or ``our_gains`` in words: rows data set and solver, columns NFE and part."""
+    columns = {}
+    for nfe, rows in found.groupby("nfe"):
+        rows = rows.set_index(["dataset", "solver"])
+        for part, name in (("by_afs", "AFS"), ("by_step", "learned step")):
+            if f"{part}_half" in rows:
+                words = map(with_interval, rows[part], rows[f"{part}_half"])
+            else:
+                words = rows[part].map(printed)
+            columns[f"NFE {nfe}", name] = pd.Series(list(words), rows.index)
+    order = pd.MultiIndex.from_frame(found[["dataset", "solver"]].drop_duplicates())
+    frame = pd.DataFrame(columns).reindex(order).rename(index=_title, level=0)
+    return frame.rename_axis([None, None]).fillna("–")
+
+
+def missing(planned: pd.DataFrame, measured: pd.DataFrame) -> str:
+    """The cells of a plan that ``stored`` did not find, in words; "none" if it found all."""
+    names = pd.Series([label(cell) for _, cell in complete(planned.assign(table=0)).iterrows()])
+    there = {what.key for what in measured["run"]}
+    absent = np.array([what.key not in there for what in planned["run"]])
+    nfes = planned["nfe"].reset_index(drop=True)[absent].astype(str).groupby(names, sort=False)
+    return "; ".join(f"{name} at {', '.join(group)}" for name, group in nfes) or "none"
+
+
+# --- 5. Versions, and the cells that calibrate a reproduction -------------------------------------
+
+
+@lru_cache
+def versions() -> pd.DataFrame:
+    """Cells that differ between the paper's first and final version, or the repository.
+
+    Columns dataset, method, nfe, first (NaN: a new row), final, source.
+    """
+    return pd.read_csv(DATA / "paper" / "versions.csv")
+
+
+@lru_cache
+def repository() -> pd.DataFrame:
+    """FID of plain solvers without AFS as the authors' repository lists them.
+
+    Columns dataset, method, afs, nfe, value; from https://github.com/zju-pi/diff-sampler,
+    diff-solvers-main/README.md at commit 32c2406.
+    """
+    return pd.read_csv(DATA / "paper" / "repository.csv")
+
+
+def agree(value, other):
+    """Whether numbers agree to the digits that the paper prints."""
+    return np.abs(value - other) < np.where(np.maximum(value, other) >= 100, 0.051, 0.0051)
+
+
+def impossible(cells: pd.DataFrame) -> pd.DataFrame:
+    """Cells of two evaluations per step whose NFE is odd without AFS, or even with it.
+
+    Their NFE is twice the number of steps, less one with AFS (Sec. 3.4).
+    """
+    two = cells["amed"] | cells["solver"].isin(TWO_EVALUATIONS)
+    return cells[two & ((cells["nfe"] % 2 == 1) != cells["afs"])]
+
+
+def against_repository(cells: pd.DataFrame, repository: pd.DataFrame) -> pd.DataFrame:
+    """How many cells have the repository's number for the same data set, method and NFE.
+
+    Returns:
+        dataset, method, ``equal`` (to the printed digits), ``of``.
+    """
+    keys = ["dataset", "method", "nfe"]
+    both = cells.drop_duplicates(keys).merge(repository, on=keys, suffixes=("", "_there"))
+    both["equal"] = agree(both["value"], both["value_there"])
+    counts = both.groupby(keys[:2])["equal"].agg(equal="sum", of="size")
+    return counts.reset_index()
+
+
+def calibration(
+    cells: pd.DataFrame, versions: pd.DataFrame, repository: pd.DataFrame
+) -> pd.DataFrame:
+    """Cells of plain solvers in Table 2 that the first and the final version share.
+
+    Returns:
+        dataset, method, afs, nfe, value; ``doubt``: why the cell may not be what its label says,
+        "" if nothing that is known here speaks for it.
+    """
+    keys = ["dataset", "method", "nfe"]
+    table2 = cells[(cells["table"] == 2) & ~cells["amed"]]
+    differs = pd.MultiIndex.from_frame(versions[keys])
+    shared = table2[~pd.MultiIndex.from_frame(table2[keys]).isin(differs)]
+    doubt = pd.Series("", shared.index)
+    two = shared[shared["afs"]].assign(nfe=shared["nfe_without_afs"])
+    for row in against_repository(two, repository).itertuples():
+        if 2 * row.equal > row.of:
+            at = (shared["dataset"] == row.dataset) & (shared["method"] == row.method)
+            doubt[at] = (
+                f"{row.equal} of the row's {row.of} numbers are the repository's without AFS, at "
+                "one evaluation more"
+            )
+    twins = [*keys, "value"]
+    for _, twin in impossible(cells).iterrows():
+        at = (shared[twins] == twin[twins]).all(axis=1)
+        doubt[at] = f"Table {twin['table']} prints the number without AFS, where NFE cannot be odd"
+    return shared[["dataset", "method", "afs", "nfe", "value"]].assign(doubt=doubt)
+
+
+def versions_table(versions: pd.DataFrame) -> pd.DataFrame:
+    """First and final numbers: rows data set and method, columns NFE."""
+    arrows = [
+        (f"{printed(row.first)} →\N{NO-BREAK SPACE}" if pd.notna(row.first) else "new: ")
+        + printed(row.final)
+        for row in versions.itertuples()
+    ]
+    frame = versions.assign(cell=arrows, dataset=versions["dataset"].map(_title))
+    frame["nfe"] = "NFE " + frame["nfe"].astype(str)
+    table = frame.pivot_table(
+        index=["dataset", "method"], columns="nfe", values="cell", aggfunc="first", sort=False
+    )
+    rows = pd.MultiIndex.from_frame(frame[["dataset", "method"]].drop_duplicates())
+    columns = sorted(table.columns, key=lambda name: int(name.split()[1]))
+    table = table.reindex(index=rows, columns=columns).fillna("–")
+    return table.rename_axis([None, None]).rename_axis(None, axis=1)

@@ -1,0 +1,316 @@
+"""Pictures: images in tables, steps of solvers in a plane, the network g_phi, Appendix D."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+
+from amedlib.checks import require
+from amedlib.datasets import load_dataset
+from amedlib.intermediate import Predictor
+from amedlib.plotting import look
+from amedlib.sampling import sample
+from amedlib.solvers import make_solver
+from amedlib.study import RESULTS, Context, Run, best_device, predictor_path
+from amedlib.theory import Plane, Step
+
+# --- images -------------------------------------------------------------------------------------
+
+
+def draw(
+    what: Run, seeds: Sequence[int], results_dir=RESULTS, device=None, train=False
+) -> torch.Tensor | None:
+    """The images that a Run's method makes of these seeds, [B, C, H, W] in [0, 1].
+
+    ``None`` where its predictor is not stored and ``train`` does not say to train it.
+    """
+    if what.predictor is not None and not train:
+        if not predictor_path(what, results_dir).is_file():
+            return None
+    device = best_device(device)
+    data = load_dataset(what.dataset, device)
+    context = Context(data, Path(results_dir), device, progress=True)
+    images = data.to_images(
+        sample(
+            context.denoiser(what),
+            context.latents(seeds),
+            what.times(),
+            make_solver(what.solver, **what.options),
+            what.afs,
+            context.intermediate(what),
+            context.labels(seeds),
+        ).x
+    ).cpu()
+    return images / 255 if images.dtype == torch.uint8 else (images + 1) / 2
+
+
+def draw_all(planned: pd.DataFrame, seeds: Sequence[int], **how) -> tuple[pd.DataFrame, str]:
+    """Images of a plan, rows methods and columns NFE, and a sentence on what is left out.
+
+    The sentence begins with a space, to end a caption; it is empty where nothing is.
+
+    Args:
+        planned: columns method, nfe, run, with a row per cell; from ``plans``.
+        how: ``results_dir``, ``device`` and ``train``, see ``draw``.
+
+    Returns:
+        A frame of tensors [B, C, H, W]; a method without any image has no row.
+    """
+    drawn = planned.assign(images=[draw(what, seeds, **how) for what in planned["run"]])
+    absent = drawn[[images is None for images in drawn["images"]]]
+    left_out = [
+        f"{method} at NFE {', '.join(map(str, rows['nfe']))}"
+        for method, rows in absent.groupby("method", sort=False)
+    ]
+    text = f" Left out, since no predictor is stored: {'; '.join(left_out)}." if left_out else ""
+    drawn = drawn.drop(absent.index)
+    cells = drawn.pivot(index="method", columns="nfe", values="images")
+    return cells.reindex(drawn["method"].unique()), text
+
+
+def strip(images: torch.Tensor, size: int = 64) -> np.ndarray:
+    """Images [B, C, H, W] side by side with white between them, [h, w, 3] in [0, 1].
+
+    Small images are enlarged to about ``size`` pixels by whole factors, so that pixels stay sharp.
+    """
+    factor = max(1, size // images.shape[-1])
+    images = images.expand(-1, 3, -1, -1).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    gap = max(2, images.shape[-1] // 16)
+    padded = torch.nn.functional.pad(images, (0, gap), value=1.0)
+    row = torch.cat(list(padded), dim=2)[..., :-gap]
+    return row.clamp(0, 1).permute(1, 2, 0).numpy()
+
+
+def image_table(cells: pd.DataFrame, titles: Sequence[str], width: float = 10) -> Figure:
+    """Images in a table: a strip per cell, methods down the side, ``titles`` over the columns."""
+    require(cells.size > 0, "cells", tuple(cells.shape), "a table with at least one image")
+    strips = cells.map(lambda images: strip(images) if torch.is_tensor(images) else None)
+    high, wide = next(s for row in strips.to_numpy() for s in row if s is not None).shape[:2]
+    rows, columns = cells.shape
+    labels = 1.6  # inches
+    height = (width - labels) / columns * high / wide + 0.06
+    figure = Figure(figsize=(width, height * rows + 0.35), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for i, name in enumerate(cells.index):
+        axes[i, 0].set_ylabel(name, rotation=0, ha="right", va="center")
+        for j, ax in enumerate(axes[i]):
+            if strips.iloc[i, j] is not None:
+                ax.imshow(strips.iloc[i, j], interpolation="none")
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+    for ax, title in zip(axes[0], titles, strict=True):
+        ax.set_title(title, fontsize=10)
+    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.02, hspace=0, wspace=0)
+    return figure
+
+
+# --- one step of each solver ---------------------------------------------------------------------
+
+
+def steps_in_plane(plane: Plane, curve: torch.Tensor, times, steps: dict[str, Step]) -> Figure:
+    """Figure 2: where one step of each solver leads, seen in the plane of the solution.
+
+    A dashed line follows each slope that the solver uses, from the start of the step for its whole
+    length; a solid one leads to where the solver ends. Crosses are where it evaluates in the step.
+
+    Args:
+        plane: of one trajectory.
+        curve: the solution from the start of the step to its end, [N, 1, C, H, W].
+        times: where the step starts and ends, [2].
+        steps: method to its step, of one sample.
+    """
+
+    def flat(*states):
+        return plane.coordinates(torch.stack(states))[:, 0].T.cpu().numpy()
+
+    solution = flat(*curve)
+    figure = Figure(figsize=(9.6, 6.4))
+    axes = figure.subplots(2, 2, sharex=True, sharey=True).flat
+    for (method, step), letter, ax in zip(steps.items(), "abcd", axes, strict=True):
+        colour = look(method)["color"]
+        ax.plot(*solution, color="#888888", linewidth=5, alpha=0.4, label="solution")
+        newest_first = reversed(step.evaluations)
+        for e, dashes in zip(newest_first, ("--", ":", "-.", (0, (6, 3))), strict=False):
+            ray = flat(curve[0], curve[0] + (times[1] - times[0]) * e.output)
+            label = f"slope at t = {float(e.t):.3g}"
+            ax.plot(*ray, color=colour, linestyle=dashes, linewidth=1.2, label=label)
+            if e.t <= times[0]:
+                ax.plot(*flat(e.x), "x", color="#222222", markeredgewidth=2)
+        ax.plot(*flat(curve[0], step.end), color=colour)
+        ax.plot(*flat(step.end), "o", color="#D00000", markersize=8, label="end of the step")
+        ax.plot(*solution[:, -1:], "o", color="#222222", markersize=11, fillstyle="none")
+        ax.set_title(f"({letter}) {method}")
+        ax.legend(loc="upper left", fontsize=8)
+    figure.supxlabel("first principal coordinate (norm of the state)", fontsize=10)
+    figure.supylabel("second principal coordinate (norm of the state)", fontsize=10)
+    return figure
+
+
+# --- the network ---------------------------------------------------------------------------------
+
+INK, SHADES = "#222222", {"enc": "#CFE8F7", "map": "#D3EDE2", "fc": "#F7DDE9", "": "#F2F2F2"}
+
+
+def layers(predictor: Predictor) -> pd.DataFrame:
+    """The layers of g_phi with weights, in the order in which they work.
+
+    Found by running the network once: columns inputs, outputs, parameters, and calls, since a layer
+    may be used more than once; the index holds their names.
+    """
+    rows = {}
+
+    def listen(name):
+        def hook(layer, inputs, output):
+            rows.setdefault(
+                name,
+                {
+                    "inputs": inputs[0].shape[1],
+                    "outputs": output.shape[1],
+                    "parameters": sum(p.numel() for p in layer.parameters()),
+                    "calls": 0,
+                },
+            )["calls"] += 1
+
+        return hook
+
+    hooks = [
+        layer.register_forward_hook(listen(name)) for name, layer in predictor.named_children()
+    ]
+    predictor(0, 1.0, 0.5, None)
+    for hook in hooks:
+        hook.remove()
+    return pd.DataFrame(rows).T
+
+
+def architecture(predictors: dict[str, Predictor]) -> Figure:
+    """Figure 6: the network g_phi, a panel per predictor, drawn from its own layers."""
+    figure = Figure(figsize=(10, 3.9 * len(predictors)))
+    axes = figure.subplots(len(predictors), 1, squeeze=False)[:, 0]
+    for (title, predictor), ax in zip(predictors.items(), axes, strict=True):
+        _draw_network(ax, predictor)
+        total = sum(p.numel() for p in predictor.parameters())
+        ax.set_title(f"{title}: {total:,} parameters", loc="left")
+    return figure
+
+
+def _draw_network(ax, predictor):
+    found = layers(predictor)
+
+    def box(x, y, text, kind=""):
+        shape = FancyBboxPatch(
+            (x - 0.64, y - 0.38), 1.28, 0.76, "round,pad=0.02", facecolor=SHADES[kind]
+        )
+        ax.add_patch(shape)
+        ax.text(x, y, text, ha="center", va="center", fontsize=7.5, color=INK)
+
+    def layer(x, y, name, then=""):
+        row = found.loc[name]
+        size = f"{row['inputs']} → {row['outputs']}{then}"
+        text = f"{name}\n{size}\n{row['parameters']:,} parameters"
+        if row["calls"] > 1:
+            text += f"\n(used {row['calls']} times)"
+        box(x, y, text, name.split("_")[0])
+
+    def arrow(a, b):
+        style = {"arrowstyle": "-|>", "color": INK, "shrinkA": 0, "shrinkB": 0}
+        ax.annotate("", (b[0] - 0.68, b[1]), (a[0] + 0.68, a[1]), arrowprops=style)
+
+    def chain(*places):
+        for a, b in zip(places, places[1:], strict=False):
+            arrow(a, b)
+
+    h, w = predictor.bottleneck_size
+    x = [0, 1.7, 3.4, 5.1, 6.8, 8.5, 10.2]
+    box(x[0], 3, f"bottleneck at $t_{{n+1}}$\nchannels × {h} × {w}")
+    box(x[1], 3, f"channel mean\n{h} × {w}")
+    layer(x[2], 3, "enc_layer0", ", SiLU")
+    layer(x[3], 3, "enc_layer1")
+    joined = (x[4], 2)
+    chain(*((column, 3) for column in x[:4]), joined)
+
+    times = ["$t_{n+1}$", "$t_n$"][: found.loc["map_layer0", "calls"]]
+    lanes = [1.0, 0.0][: len(times)]
+    shared = (x[2], float(np.mean(lanes)))
+    for text, y in zip(times, lanes, strict=True):
+        box(x[0], y, f"time {text}")
+        box(x[1], y, f"sines, cosines\n{found.loc['map_layer0', 'inputs']} numbers")
+        chain((x[0], y), (x[1], y), shared)
+    layer(*shared, "map_layer0", ", SiLU")
+    arrow(shared, joined)
+
+    outputs = [name for name in found.index if name.startswith("fc_")]
+    box(*joined, f"concatenation\n{found.loc['fc_r', 'inputs']} numbers")
+    heads = 2 + np.arange(len(outputs))[::-1] - (len(outputs) - 1) / 2
+    ranges = {
+        "fc_r": "$r_n$ in (0, 1)",
+        "fc_scale_dir": _near_one("c_n", predictor.scale_dir),
+        "fc_scale_time": _near_one("a_n", predictor.scale_time),
+    }
+    for name, y in zip(outputs, heads, strict=True):
+        layer(x[5], y, name, ", sigmoid")
+        box(x[6], y, ranges[name])
+        chain(joined, (x[5], y), (x[6], y))
+    ax.set(xlim=(-0.75, 10.95), ylim=(min(lanes) - 0.75, 3.5))
+    ax.axis("off")
+
+
+def _near_one(symbol, bound):
+    return f"${symbol}$ in\n({1 - bound:g}, {1 + bound:g})"
+
+
+# --- Appendix D ---------------------------------------------------------------------------------
+
+
+def deviation(curves: dict, bounds: dict[str, np.ndarray]) -> Figure:
+    """Figure 10: distance of trajectories from their plane, and functions of t that may bound it.
+
+    Args:
+        curves: of a ``trajectory_pca`` result.
+        bounds: label to values at ``curves["t"]``.
+    """
+    figure = Figure(figsize=(6.4, 4))
+    ax = figure.subplots()
+    t, mean, sd = (np.array(curves[name]) for name in ("t", "deviation", "deviation_sd"))
+    ax.plot(t, mean, color="#0072B2", label="distance from the plane")
+    ax.fill_between(t, mean - sd, mean + sd, color="#0072B2", alpha=0.2, linewidth=0)
+    for (label, values), (colour, dashes) in zip(
+        bounds.items(), (("#D55E00", "--"), ("#8C5A32", ":"), ("#009E73", "-.")), strict=False
+    ):
+        ax.plot(t, values, color=colour, linestyle=dashes, label=label)
+    ax.set(xscale="log", yscale="log")
+    ax.set(xlabel="time t (noise level)", ylabel="distance (norm of the state)")
+    ax.invert_xaxis()
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def proposition(found: pd.DataFrame, bounds: dict[str, np.ndarray]) -> Figure:
+    """Proposition 1: parts of the error of one AMED step, and bounds, over where steps start.
+
+    Args:
+        found: of ``theory.proposition``, for steps of one schedule.
+        bounds: label to a value per step.
+    """
+    figure = Figure(figsize=(7, 4.4))
+    ax = figure.subplots()
+    for (label, values), (colour, dashes) in zip(
+        bounds.items(), (("#D55E00", "--"), ("#8C5A32", ":")), strict=True
+    ):
+        ax.plot(found["t"], values, color=colour, linestyle=dashes, marker="_", label=label)
+    for column, label, colour, marker in (
+        ("worst", "error with the worst r, mean", "#E69F00", "v"),
+        ("error_max", "error with the best r, largest", "#222222", "^"),
+        ("error", "error with the best r, mean", "#222222", "o"),
+        ("perpendicular", "its part across the plane", "#0072B2", "s"),
+        ("parallel", "its part along the plane", "#CC79A7", "D"),
+    ):
+        ax.plot(found["t"], found[column], color=colour, marker=marker, label=label)
+    ax.set(xscale="log", yscale="log")
+    ax.set(xlabel="time t at which the step starts", ylabel="norm of the state")
+    ax.invert_xaxis()
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure

@@ -1,0 +1,162 @@
+"""Pictures show what they are given: every pixel, every layer, every step."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import amedlib
+from amedlib import pictures, plans, theory
+from amedlib.geometry import accurate_solution
+from amedlib.study import predictor_path
+
+# --- images -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_strip_shows_every_pixel_sharp(channels):
+    images = torch.rand(3, channels, 8, 8, generator=torch.manual_seed(0))
+    found = pictures.strip(images, size=64)
+    gap = 64 // 16
+    assert found.shape == (64, 3 * 64 + 2 * gap, 3)
+    for i, image in enumerate(images.expand(-1, 3, -1, -1)):
+        part = found[:, i * (64 + gap) :][:, :64]
+        assert (part[4::8, 4::8] == image.permute(1, 2, 0).numpy()).all()
+        assert (part == np.kron(part[::8, ::8], np.ones((8, 8, 1)))).all()
+    assert (found[:, 64 : 64 + gap] == 1).all()
+
+
+def test_large_images_are_not_enlarged():
+    images = torch.rand(2, 3, 100, 100, generator=torch.manual_seed(0))
+    assert (pictures.strip(images)[:, :100] == images[0].permute(1, 2, 0).numpy()).all()
+
+
+def test_an_image_table():
+    images = torch.rand(2, 1, 8, 8, generator=torch.manual_seed(0))
+    cells = pd.DataFrame({3: [images, None], 5: [images, images]}, index=["DDIM", "EDM"])
+    figure = pictures.image_table(cells, ["NFE 3", "NFE 5"])
+    shown = [len(ax.images) for ax in figure.axes]
+    assert shown == [1, 1, 0, 1]
+    assert [ax.get_title() for ax in figure.axes[:2]] == ["NFE 3", "NFE 5"]
+    assert [ax.get_ylabel() for ax in figure.axes[::2]] == ["DDIM", "EDM"]
+    assert (figure.axes[3].images[0].get_array() == pictures.strip(images)).all()
+    with pytest.raises(ValueError, match="cells must be a table with at least one image"):
+        pictures.image_table(cells.iloc[:0], ["NFE 3", "NFE 5"])
+
+
+def test_drawn_images_are_the_samples(tmp_path):
+    data, seeds = amedlib.load_dataset("digits"), [4, 2]
+    what = plans.table2("digits", ["iPNDM"], [3])["run"][0]
+    found = pictures.draw(what, seeds, tmp_path)
+    solver = amedlib.make_solver("ipndm")
+    times = amedlib.make_schedule(num_steps=4)
+    out = amedlib.sample(data.denoiser, amedlib.make_latents(seeds, data.shape), times, solver)
+    assert out.nfe == 3
+    torch.testing.assert_close(found, (data.to_images(out.x) + 1) / 2)
+    assert found.min() >= 0 and found.max() <= 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_method_without_a_stored_predictor_is_left_out_and_named(tmp_path):
+    names = ["DDIM", "AMED-Solver"]
+    planned = plans.table2("digits", names, [3, 5], seeds=[0], images=4, batch=4)
+    cells, text = pictures.draw_all(planned, [0], results_dir=tmp_path)
+    assert cells.index.tolist() == ["DDIM"] and cells.columns.tolist() == [3, 5]
+    assert text == " Left out, since no predictor is stored: AMED-Solver at NFE 3, 5."
+    what = planned["run"].iloc[-1]
+    assert pictures.draw(what, [0], tmp_path) is None
+    trained = pictures.draw(what, [0], tmp_path, train=True)
+    assert predictor_path(what, tmp_path).is_file()
+    cells, text = pictures.draw_all(planned, [0], results_dir=tmp_path)
+    assert cells.index.tolist() == names
+    assert text == " Left out, since no predictor is stored: AMED-Solver at NFE 3."
+    assert (cells.loc["AMED-Solver", 5] == trained).all()
+    assert [len(ax.images) for ax in pictures.image_table(cells, "ab").axes] == [1, 1, 0, 1]
+    predictor_path(what, tmp_path).unlink()
+
+
+# --- the network --------------------------------------------------------------------------------
+
+PREDICTORS = {
+    "paper": amedlib.Predictor("paper", scale_dir=0.0),
+    "release": amedlib.Predictor("release", (4, 2), 0.01, 0.2),
+    "release, r and c only": amedlib.Predictor("release"),
+}
+
+
+@pytest.mark.parametrize("name", PREDICTORS)
+def test_the_diagram_has_every_layer(name):
+    predictor = PREDICTORS[name]
+    figure = pictures.architecture({name: predictor})
+    (ax,) = figure.axes
+    texts = [text.get_text() for text in ax.texts]
+    with_weights = {path.split(".")[0] for path, _ in predictor.named_parameters()}
+    for layer_name in with_weights:
+        layer = getattr(predictor, layer_name)
+        (text,) = (t for t in texts if t.startswith(f"{layer_name}\n"))
+        count = layer.weight.numel() + layer.bias.numel()
+        assert f"{layer.in_features} → {layer.out_features}" in text
+        assert f"\n{count:,} parameters" in text
+    total = sum(p.numel() for p in predictor.parameters())
+    assert ax.get_title(loc="left") == f"{name}: {total:,} parameters"
+    h, w = predictor.bottleneck_size
+    assert f"channel mean\n{h} × {w}" in texts
+    assert f"concatenation\n{predictor.fc_r.in_features} numbers" in texts
+    assert sum(t.startswith("time ") for t in texts) == (1 if name == "paper" else 2)
+
+
+def test_layers_in_their_order():
+    found = pictures.layers(PREDICTORS["release"])
+    order = ["enc_layer0", "enc_layer1", "map_layer0", "fc_r", "fc_scale_dir", "fc_scale_time"]
+    assert found.index.tolist() == order
+    assert found["calls"].tolist() == [1, 1, 2, 1, 1, 1]
+    total = sum(p.numel() for p in PREDICTORS["release"].parameters())
+    assert found["parameters"].sum() == total
+    assert not any(layer._forward_hooks for layer in PREDICTORS["release"].children())
+
+
+# --- steps and the theory -----------------------------------------------------------------------
+
+
+def test_steps_lead_where_the_solvers_end():
+    data = amedlib.load_dataset("digits")
+    fine = amedlib.make_schedule(num_steps=41)
+    curve = accurate_solution(data.denoiser, amedlib.make_latents([0], data.shape), fine, fine)
+    truth, times, segment = curve[::8], fine[::8], curve[16:25]
+    plane = theory.fit_plane(segment)
+    steps = {
+        name: theory.exact_step(
+            data.denoiser, truth, times, 2, amedlib.make_solver(solver), location
+        )
+        for name, solver, location in (
+            ("DDIM", "euler", None),
+            ("iPNDM", "ipndm", None),
+            ("DPM-Solver-2", "dpm2", None),
+            ("AMED-Solver", "amed", theory.at(torch.tensor(0.4))),
+        )
+    }
+    figure = pictures.steps_in_plane(plane, segment, times[2:4], steps)
+    for (name, step), ax, evaluated in zip(steps.items(), figure.axes, (1, 1, 2, 2), strict=True):
+        assert ax.get_title().endswith(name)
+        (end,) = (line for line in ax.lines if line.get_label() == "end of the step")
+        expected = plane.coordinates(step.end)[0].numpy()
+        np.testing.assert_allclose(np.ravel(end.get_data()), expected)
+        rays = [line for line in ax.lines if line.get_label().startswith("slope at t")]
+        assert len(rays) == len(step.evaluations)
+        assert sum(line.get_marker() == "x" for line in ax.lines) == evaluated
+        if name in ("DDIM", "AMED-Solver"):  # these follow one slope to its end
+            np.testing.assert_allclose(rays[0].get_xydata()[-1], expected)
+
+
+def test_pictures_of_the_theory():
+    t = [80.0, 1.0, 0.01]
+    curves = {"t": t, "deviation": [1.0, 2.0, 3.0], "deviation_sd": [0.1, 0.2, 0.3]}
+    ax = pictures.deviation(curves, {"f": theory.scaled_logistic(t, 2.0)}).axes[0]
+    mean, bound = ax.lines
+    assert mean.get_ydata().tolist() == curves["deviation"] and bound.get_label() == "f"
+    assert ax.get_xscale() == ax.get_yscale() == "log" and ax.xaxis_inverted()
+    columns = ["worst", "error_max", "error", "perpendicular", "parallel"]
+    found = pd.DataFrame({"t": t, **{c: np.arange(3.0) + i for i, c in enumerate(columns, 1)}})
+    ax = pictures.proposition(found, {"one": [9.0] * 3, "two": [8.0] * 3}).axes[0]
+    assert [line.get_ydata()[0] for line in ax.lines] == [9, 8, 1, 2, 3, 4, 5]
+    assert ax.xaxis_inverted() and "t" in ax.get_xlabel()

@@ -152,3 +152,35 @@ class Predictor(nn.Module):
             near_one(self.scale_dir, "fc_scale_dir"),
             near_one(self.scale_time, "fc_scale_time"),
         )
+
+
+class LearnedTable(nn.Module):
+    """One free r for every step and no network: a ``TimeWise`` that can be trained.
+
+    It belongs to the number of steps that it was made for. All r start at 0.5.
+
+    Args:
+        intervals: number of steps, N-1.
+    """
+
+    uses_bottleneck = False
+    bottleneck_size = None
+
+    def __init__(self, intervals: int):
+        super().__init__()
+        # A parameter each: the optimiser then moves only those that a loss depends on.
+        zeros = (nn.Parameter(torch.zeros(())) for _ in range(intervals))
+        self.logits = nn.ParameterList(zeros)
+
+    def check(self, intervals: int) -> None:
+        """Raise ``ValueError`` unless there is an r for each of ``intervals`` steps."""
+        require(
+            len(self.logits) == intervals,
+            "the number of steps of a learned table",
+            len(self.logits),
+            f"the number of steps, {intervals}",
+        )
+
+    def forward(self, step, t_cur, t_next, bottleneck) -> Intermediate:
+        """The r of a step, a 0-dimensional tensor; times and bottleneck are not used."""
+        return Intermediate(torch.sigmoid(self.logits[step]))

@@ -124,7 +124,7 @@ def table2(
         predictor: fields of ``Training`` for all learned methods, such as ``recipe``.
 
     Returns:
-        Columns method, nfe, schedule, run.
+        Columns ``KEY`` and ``run``.
 
     Raises:
         ValueError: an argument is outside its range, or a method cannot have an NFE.
@@ -137,9 +137,11 @@ def table2(
         one_of("method", name, METHODS)
         method = methods(dataset)[name]
         method = replace(method, schedule=schedule or method.schedule)
+        row = {"method": name, "schedule": method.schedule, "afs": method.afs}
+        row = dict.fromkeys(KEY) | row | {"amed": method.learned}
         for nfe in nfes:
             for what in _runs(dataset, method, nfe, seeds, n_samples, metric, **predictor):
-                rows.append({"method": name, "nfe": nfe, "schedule": what.schedule, "run": what})
+                rows.append(row | {"nfe": nfe, "run": what})
     return pd.DataFrame(rows)
 
 
@@ -208,7 +210,7 @@ def table(
     alone is run.
 
     Args:
-        nfes: those printed unless given.
+        nfes: those printed unless given, up to the data set's ``most_nfe``.
 
     Returns:
         Columns ``KEY``, ``paper`` (the printed number) and ``run``; a row per training seed.
@@ -223,7 +225,8 @@ def table(
     if number == 8:  # prints DPM-Solver-2 without AFS at odd NFE, which it cannot have
         rows = rows[(rows["method"] != "DPM-Solver-2") | rows["afs"]]
     planned = []
-    for _, row in rows[rows["nfe"].isin(nfes or rows["nfe"])].iterrows():
+    shown = rows["nfe"].isin(nfes) if nfes else rows["nfe"] <= describe(dataset).most_nfe
+    for _, row in rows[shown].iterrows():
         few = row["nfe"] > 6 or number in (9, 10, 13)
         for what in cell(dataset, row, seeds[:1] if few else seeds, n_samples, metric):
             planned.append({**row[KEY], "paper": row["value"], "run": what})
@@ -241,7 +244,8 @@ def figure8(
     perceptual = "features" if describe(dataset).floor else "lpips"
     planned = []
     for name in ("AMED-Solver", "AMED-Plugin"):
-        for nfe in nfes or describe(dataset).nfes:
+        data = describe(dataset)
+        for nfe in nfes or [n for n in data.nfes if n <= data.most_nfe]:
             for loss in ("l2", perceptual):
                 some = seeds if nfe <= 6 else seeds[:1]
                 each = table2(dataset, [name], [nfe], some, n_samples, metric=metric, loss=loss)
@@ -363,6 +367,84 @@ def plugin(
     return pd.DataFrame(rows)
 
 
+# --- beyond the paper: questions of ours, asked of the AMED rows of Table 2 -----------------------
+
+LEARNED = tuple(name for name, method in METHODS.items() if method.learned)
+# One free number per step in the place of g_phi. Adam moves each by about its learning rate; it is
+# larger here than for the weights of a network, of which many act on every r.
+FREE_R = {"form": "table", "uses_bottleneck": False, "learning_rate": 0.05}
+RELEASE_FORM = {"form": "release", "scale_dir": 0.01}
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is changed in training.
+
+    Attributes:
+        variants: name to fields of ``Training``; the first is the row of Table 2 as it is.
+        nfes: where it is asked.
+        names: of methods.
+    """
+
+    variants: dict[str, dict]
+    nfes: tuple[int, ...] = (5,)
+    names: tuple[str, ...] = LEARNED
+
+
+QUESTIONS = {
+    "objective": Question(
+        {
+            "network, step": {},
+            "network, endpoint": {"objective": "endpoint"},
+            "table, step": FREE_R,
+            "table, endpoint": FREE_R | {"objective": "endpoint"},
+        },
+        nfes=(5, 7),
+    ),
+    "images": Question(
+        {f"{count:,} images": {"images": count} for count in (10_000, 2048, 512, 128)}
+    ),
+    "transfer": Question(
+        # 5 NFE have four time points.
+        {"trained at this NFE": {}, "trained at 5 NFE": {"num_steps": 4}},
+        nfes=(3, 7, 9),
+    ),
+    "recipe": Question(
+        {
+            "form paper, start student": {},
+            "form paper, start teacher": {"start": "teacher"},
+            "form release, start student": RELEASE_FORM,
+            "form release, start teacher": RELEASE_FORM | {"start": "teacher"},
+        },
+        names=("AMED-Solver",),
+    ),
+}
+
+
+def beyond(
+    question: str,
+    dataset: str = "digits",
+    nfes=None,
+    seeds=SEEDS,
+    n_samples: int | None = None,
+    metric: str = "fd",
+) -> pd.DataFrame:
+    """The Runs of one of ``QUESTIONS``; columns ``KEY``, variant, run.
+
+    Raises:
+        ValueError: no such question.
+    """
+    one_of("question", question, QUESTIONS)
+    asked = QUESTIONS[question]
+    return concat(
+        table2(
+            dataset, [name], nfes or asked.nfes, seeds, n_samples, metric=metric, **fields
+        ).assign(variant=variant)
+        for name in asked.names
+        for variant, fields in asked.variants.items()
+    )
+
+
 def concat(plans) -> pd.DataFrame:
     """Several plans as one."""
     return pd.concat(plans, ignore_index=True)
@@ -396,8 +478,8 @@ def whole_study(dataset: str = "digits") -> list[Run]:
     for metric in (m for m in metrics if m != "fd_pixels"):
         found += [release(dataset, metric=metric), plugin(dataset, metric=metric)]
     for metric in (m for m in metrics if m != "fd_pixels"):
-        found += [table(number, dataset, metric=metric) for number in TABLES]
-        found.append(figure8(dataset, metric=metric))
+        found += [table(n, dataset, seeds=SEEDS[:1], metric=metric) for n in TABLES]
+        found.append(figure8(dataset, seeds=SEEDS[:1], metric=metric))
     if dataset == "digits":
         found.append(centring())
     runs = [what for plan in found for what in plan["run"]]

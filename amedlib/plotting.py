@@ -14,7 +14,7 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from amedlib import plans
 from amedlib.assets import ASSETS
-from amedlib.datasets import describe
+from amedlib.datasets import DATA, describe
 from amedlib.paper import against_baseline, estimates, with_interval
 
 LOOKS = {
@@ -236,17 +236,19 @@ def cells_caption(number: int, dataset: str, measured: pd.DataFrame) -> None:
 
 
 def not_run(number: int, dataset: str, on: str):
-    """A table of the paper that cannot be run on a data set: its numbers, and what would run it."""
-    rows = plans.published(f"table{number}")
+    """A table of the paper that was not run on a data set: its numbers, and what would run it."""
+    rows = _row_names(plans.published(f"table{number}"), number)
     frame = rows.assign(nfe="NFE " + rows["nfe"].astype(str)).pivot_table(
-        index="method", columns="nfe", values="value", aggfunc="first", sort=False
+        index=ROWS[number], columns="nfe", values="value", aggfunc="first", sort=False
     )
-    frame.index.name = frame.columns.name = None
-    display(frame.style.format("{:.4g}"))
+    frame = frame[sorted(frame, key=lambda name: int(name.split()[1]))]
+    frame.index.names = [None] * len(ROWS[number])
+    frame.columns.name = None
+    display(frame.style.format("{:.4g}", na_rep="–"))
+    theirs = rows["dataset"].iloc[0]
     caption(
-        f"The paper's FID. Not run on {describe(dataset).title}, where its subject does not exist; "
-        f"on a GPU: `papermill notebooks/table{number}.ipynb out.ipynb -p dataset {on} -p device "
-        "cuda`"
+        f"Table {number}: the paper's FID on {theirs}. Not run on {describe(dataset).title}; to "
+        f"run it: `papermill notebooks/table{number}.ipynb out.ipynb -p dataset {on}`"
     )
 
 
@@ -346,24 +348,88 @@ def benchmarks(path: Path) -> dict:
     return {k: v if k == "machine" else pd.DataFrame(v) for k, v in report.items()}
 
 
-MARKS = {"holds": "✓ holds", "does not hold": "✗ does not hold", "undecided": "? undecided"}
+MARKS = {
+    "holds": "✓ holds",
+    "does not hold": "✗ does not hold",
+    "mixed": "~ mixed",
+    "undecided": "? undecided",
+    "not run": "– not run",
+}
+
+
+def _with_caption(frame: pd.DataFrame, text: str):
+    below = "caption-side: bottom; text-align: left; font-style: italic"
+    return frame.style.set_caption(text).set_table_styles([{"selector": "caption", "props": below}])
 
 
 def verdict_table(judged: pd.DataFrame):
-    """Claims with the difference that tests them: rows comparisons, columns NFE."""
+    """Claims with the difference that tests them: rows comparisons, columns NFE.
+
+    Args:
+        judged: of ``paper.judge``.
+    """
+    if judged.empty:
+        return _with_caption(judged[[]], "No claim of the paper about this table can be tested.")
+    cells = []
+    for row in judged.itertuples():
+        alone = "" if row.uncorrected == row.verdict else f" (alone {MARKS[row.uncorrected][0]})"
+        value = with_interval(row.difference, (row.high - row.low) / 2)
+        cells.append(f"{MARKS[row.verdict]}{alone}<br>{value}{' †' * row.pooled}")
     rows = judged.assign(
-        cell=[
-            f"{MARKS[r.verdict]}<br>{with_interval(r.difference, (r.high - r.low) / 2)}"
-            for r in judged.itertuples()
-        ],
+        cell=cells,
         comparison=judged["better"] + " − " + judged["worse"],
-        nfe="NFE " + judged["nfe"].astype(str),
+        nfe=[f"NFE {n:.0f}" if pd.notna(n) else "all" for n in judged["nfe"]],
     )
     frame = rows.pivot_table(
         index=["sentence", "comparison"], columns="nfe", values="cell", aggfunc="first", sort=False
     ).fillna("–")
+    frame = frame[sorted(frame, key=lambda name: (name == "all", int(name[4:] or 0)))]
     frame.index.names = [None, None]
     frame.columns.name = None
+    text = (
+        "Paired differences with half widths of their 95 % intervals; negative is what is claimed. "
+        "Verdicts are corrected for the number of different comparisons by Holm's method"
+    )
+    if (judged["uncorrected"] != judged["verdict"]).any():
+        text += '; "alone": by the interval shown'
+    if judged["pooled"].any():
+        text += ". † Trained once: the noise of training is that of other predictors"
+    return _with_caption(frame, text + ".")
+
+
+def ledger(claims: pd.DataFrame):
+    """The ledger: a claim per row with its mark here and in the paper, and where the evidence is.
+
+    Args:
+        claims: rows of ``paper.ledger``.
+    """
+
+    def outcome(found):
+        run = found["holds"] + found["fails"] + found["undecided"]
+        lines = [MARKS[found["verdict"]]]
+        if run:
+            counts = f"✓ {found['holds']}, ✗ {found['fails']}, ? {found['undecided']}"
+            rest = f" of {found['made']}" if run < found["made"] else ""
+            lines += [f"<small>{counts}{rest}</small>", f"<small>{found['example']}</small>"]
+        return "<br>".join(lines)
+
+    def evidence(source):
+        page = DATA.parent / "notebooks" / f"{source}.ipynb"
+        return f'<a href="{source}.html">{source}</a>' if page.is_file() else source
+
+    frame = pd.DataFrame(
+        {
+            "claim": [
+                f"{row.sentence}<br><small>{row.place}. {row.note}</small>"
+                for row in claims.itertuples()
+            ],
+            "here": claims["fd"].map(outcome).tolist(),
+            "here, endpoint error": claims["endpoint_error"].map(outcome).tolist(),
+            "in the paper's tables": claims["in_print"].tolist(),
+            "evidence": claims["source"].map(evidence).tolist(),
+        },
+        index=claims["id"].tolist(),
+    )
     return frame.style
 
 

@@ -62,7 +62,7 @@ def compare(pairs, retrained: bool) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def spot_check(dataset="digits", n=10, seed=None, results_dir=RESULTS, seconds=15.0, device="cpu"):
+def spot_check(dataset="digits", n=10, seed=None, results_dir=RESULTS, seconds=15.0, device=None):
     """Recompute ``n`` random shipped results, with the shipped predictors.
 
     Args:
@@ -104,7 +104,7 @@ def main(arguments=None) -> int:
     parser.add_argument("dataset", nargs="?", default="digits")
     parser.add_argument("--fill", action="store_true", help="compute what the store lacks")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device")
     given = parser.parse_args(arguments)
     into = RESULTS if given.fill else AGAIN
     runs = plans.whole_study(given.dataset)

@@ -11,6 +11,7 @@ The ODE is dx/dt = e(x, t) with the slope e = (x - D(x; t)) / t (Eq. 6).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 
 import numpy as np
 import torch
@@ -179,9 +180,15 @@ class Euler(IPNDM):
     highest_order = 1
 
 
-# Nodes and weights of Gauss-Legendre quadrature. The integrands below are smooth in log sigma,
-# where 64 nodes leave an error at the level of rounding.
-NODES, WEIGHTS = (torch.from_numpy(values) for values in np.polynomial.legendre.leggauss(64))
+@cache
+def _quadrature(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nodes and weights of Gauss-Legendre quadrature; copied to a device once, which waits for it.
+
+    The integrands below are smooth in log sigma, where 64 nodes leave an error at the level of
+    rounding.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(64)
+    return torch.from_numpy(nodes).to(device), torch.from_numpy(weights).to(device)
 
 
 @dataclass(frozen=True)
@@ -213,7 +220,7 @@ class DEIS(LinearMultistep):
         start, end = torch.log(times[0]), torch.log(t_next)
         # The quadrature's nodes along a first axis, before those of per-sample times.
         shape = [-1] + [1] * max(start.ndim, end.ndim)
-        z, w = NODES.to(end).reshape(shape), WEIGHTS.to(end).reshape(shape)
+        z, w = (values.to(end.dtype).reshape(shape) for values in _quadrature(end.device))
         sigma = torch.exp((start + end + (end - start) * z) / 2)
         u, nodes = self._variable(sigma), [self._variable(t) for t in times]
         result = []

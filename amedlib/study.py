@@ -788,7 +788,7 @@ def run_all(
     # Runs that differ in the metric only are computed together, so one of them goes first.
     groups: dict[str, list[Run]] = {}
     for what in missing.values():
-        groups.setdefault(what.with_metric(_leader(what.metric)).key, []).append(what)
+        groups.setdefault(what.with_metric(_leader(what)).key, []).append(what)
     failures = []
     with tqdm(total=len(missing), desc="runs", disable=not progress or not missing) as bar:
         if executor is None:
@@ -816,10 +816,11 @@ def run_all(
     return pd.DataFrame([_row(results[what.key]) for what in runs])
 
 
-def _leader(metric: str) -> str:
-    """The first metric that the same procedure measures."""
-    procedure = PROCEDURES[metric].compute
-    return next(name for name, p in PROCEDURES.items() if p.compute is procedure)
+def _leader(what: Run) -> str:
+    """The first metric that the same procedure measures on this data set."""
+    procedure = PROCEDURES[what.metric].compute
+    names = describe(what.dataset).metrics if procedure is quality else PROCEDURES
+    return next(name for name in names if PROCEDURES[name].compute is procedure)
 
 
 def _row(result: Result) -> dict:

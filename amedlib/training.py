@@ -1,4 +1,4 @@
-"""Training of g_phi (Algorithm 1): the student learns to meet its teacher after every step."""
+"""Training of g_phi: the student learns to meet its teacher after every step (Algorithm 1)."""
 
 import copy
 import json
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from amedlib.checks import one_of, require
 from amedlib.files import load_tensors, save_tensors
-from amedlib.intermediate import Intermediate, Predictor
+from amedlib.intermediate import FORMS, Intermediate, LearnedTable, Predictor
 from amedlib.sampling import PRECISIONS, Sampler, halved, in_precision, make_latents
 from amedlib.schedules import make_schedule
 from amedlib.solvers import make_solver
@@ -30,6 +30,7 @@ RECIPES = {
     "release": {"form": "release", "scale_dir": 0.01, "images": 10_000, "start": "teacher"},
 }
 LOSSES = ("l2", "features", "lpips")
+OBJECTIVES = ("step", "endpoint")
 # Training latents come from seeds that no evaluation uses.
 FIRST_TRAINING_SEED = 10**12
 
@@ -50,10 +51,15 @@ class Training:
         teacher_options: its options, where it is another solver than the student.
         m: M, the number of smooth intermediate steps of the teacher in every interval (Eq. 13).
         loss: ``"l2"`` (squared), ``"features"`` or ``"lpips"``.
-        form, scale_dir, scale_time, uses_bottleneck: see ``Predictor``.
+        objective: ``"step"``: the distance to the teacher after every step, each by itself
+            (Algorithm 1). ``"endpoint"``: the distance of the final states alone, differentiated
+            through the whole trajectory, as LD3 and S4S train their few scalars.
+        form, scale_dir, scale_time, uses_bottleneck: see ``Predictor``; the form ``"table"`` is
+            ``LearnedTable``, which uses no bottleneck.
         start: where the student starts a step, ``"student"`` or ``"teacher"``.
         images: trajectories seen in training; a whole number of batches is used.
-        batch: trajectories per update; every batch makes one update per step.
+        batch: trajectories per update; every batch makes one update per step, or only one with the
+            objective ``"endpoint"``.
         learning_rate: of Adam.
         gradient: ``"reverse"`` or ``"forward"`` differentiation of the network.
         precision: in which the network computes, see ``in_precision``.
@@ -74,6 +80,7 @@ class Training:
     teacher_options: dict = field(default_factory=dict)
     m: int = 1
     loss: str = "l2"
+    objective: str = "step"
     form: str | None = None
     scale_dir: float | None = None
     scale_time: float = 0.0
@@ -91,12 +98,15 @@ class Training:
         solver = make_solver(self.solver, **self.options)
         defaults = dict(RECIPES[self.recipe])
         defaults["teacher"] = "heun" if self.solver == "amed" else self.solver
-        if not solver.single_step and self.solver != "euler":
+        own = not solver.single_step and self.solver != "euler" or self.objective == "endpoint"
+        if own:  # the trajectory is the student's own
             defaults["start"] = "student"
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         one_of("loss", self.loss, LOSSES)
+        one_of("form", self.form, (*FORMS, "table"))
+        one_of("objective", self.objective, OBJECTIVES)
         one_of("start", self.start, ("student", "teacher"))
         require(
             self.start == "student" or solver.memory <= 2 and solver.order == 1,
@@ -116,8 +126,18 @@ class Training:
             self.form == "release" or not (self.scale_dir or self.scale_time),
             "scale_dir and scale_time",
             (self.scale_dir, self.scale_time),
-            'zero in the form "paper", which predicts r only',
+            f'zero in the form "{self.form}", which predicts r only',
         )
+        require(
+            self.form != "table" or not self.uses_bottleneck,
+            "uses_bottleneck",
+            self.uses_bottleneck,
+            'False in the form "table"',
+        )
+        whole = {"start": "student", "gradient": "reverse"}
+        for name, value in whole.items() if self.objective == "endpoint" else ():
+            given = getattr(self, name)
+            require(given == value, name, given, f"{value!r} for the objective 'endpoint'")
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a positive number")
         require(
             isinstance(self.seed, int) and 0 <= self.seed < 1000,
@@ -324,13 +344,8 @@ class Trainer:
         self.solver = make_solver(config.solver, **config.options)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.predictor = Predictor(
-                config.form,
-                getattr(denoiser, "bottleneck_size", (1, 1)),
-                config.scale_dir,
-                config.scale_time,
-                config.uses_bottleneck,
-            ).to(device)
+            size = getattr(denoiser, "bottleneck_size", (1, 1))
+            self.predictor = make_predictor(config, size).to(device)
         self.optimizer = torch.optim.Adam(self.predictor.parameters(), config.learning_rate)
         self.batches = -(-config.images // config.batch)
         # Per batch and step: loss, r, its standard deviation; and the seconds spent on them all.
@@ -343,9 +358,10 @@ class Trainer:
         return range(first, first + self.config.batch)
 
     def losses(self, latents: torch.Tensor, labels=None):
-        """Yield, step by step, the loss of the batch (with its graph) and r.
+        """Yield the loss of the batch (with its graph) and the r, [B, 1, 1, 1] or [], it judges.
 
-        The caller may update the predictor in between; the next step sees the update.
+        Step by step, with a list of one r; for the objective ``"endpoint"`` once, with all r. The
+        caller may update the predictor in between; the next step sees the update.
         """
         config = self.config
         x = latents.to(torch.float64) * self.times[0]
@@ -358,7 +374,7 @@ class Trainer:
         def intermediate(*args):
             predict = student_denoiser.intermediate if forward else self.predictor
             out = predict(*args)
-            seen[:] = [fwad.unpack_dual(out.r).primal.detach() if forward else out.r.detach()]
+            seen.append(fwad.unpack_dual(out.r).primal.detach() if forward else out.r.detach())
             return out
 
         student = Sampler(
@@ -375,11 +391,15 @@ class Trainer:
                     student.x = fwad.unpack_dual(student.x).primal
             else:
                 student.advance(known)
-            yield self.distance(student.x, target).mean(), seen[0]
-            student.detach()
+            if config.objective == "step":
+                yield self.distance(student.x, target).mean(), seen[-1:]
+                student.detach()
+        if config.objective == "endpoint":
+            student.finish()
+            yield self.distance(student.x, targets[-1]).mean(), seen
 
     def step(self) -> None:
-        """Train on the next batch: one update of the predictor per step of the student.
+        """Train on the next batch: one update of the predictor per loss.
 
         A batch that does not fit the memory is taken in parts; its gradients are added up, so the
         result is the same.
@@ -409,7 +429,7 @@ class Trainer:
             for part in parts
         ]
         rows = []
-        for _ in range(len(self.times) - 1):
+        while len(rows) < len(self.times) - 1:
             self.optimizer.zero_grad()
             total, locations = 0.0, []
             for part, each in zip(parts, losses, strict=True):
@@ -417,7 +437,7 @@ class Trainer:
                 loss = loss * (len(part) / len(seeds))
                 loss.backward()
                 total += loss.item()
-                locations.append(r.expand(len(part), 1, 1, 1))
+                locations.append(torch.stack([value.expand(len(part), 1, 1, 1) for value in r]))
             require(
                 math.isfinite(total),
                 f"the loss of batch {len(self.log)}, step {len(rows)},",
@@ -425,8 +445,8 @@ class Trainer:
                 "finite",
             )
             self.optimizer.step()
-            r = torch.cat(locations)
-            rows.append((total, r.mean().item(), r.std().item() if len(r) > 1 else 0.0))
+            for r in torch.cat(locations, dim=1):
+                rows.append((total, r.mean().item(), r.std().item() if len(r) > 1 else 0.0))
         return rows
 
     def save(self, path: Path) -> None:
@@ -462,6 +482,19 @@ def _below(prefix, tensors):
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
+def make_predictor(config: Training, bottleneck_size: tuple[int, int] | None):
+    """An untrained ``Predictor`` or, in the form ``"table"``, ``LearnedTable``."""
+    if config.form == "table":
+        return LearnedTable(config.num_steps - 1)
+    return Predictor(
+        config.form,
+        bottleneck_size,
+        config.scale_dir,
+        config.scale_time,
+        config.uses_bottleneck,
+    )
+
+
 def train(
     denoiser,
     config: Training,
@@ -471,13 +504,13 @@ def train(
     device="cpu",
     progress: bool = True,
     labels: Callable | None = None,
-) -> Predictor:
+) -> Predictor | LearnedTable:
     """Train a predictor, or load it if ``path`` holds it; an interrupted training goes on.
 
     Every 20 batches the state is kept in ``path`` with the suffix ``.partial``. The result is a
-    safetensors file with the weights, the log [batches, N-1, 3] (loss, mean and standard deviation
-    of r over the batch), the seconds of training and the configuration. Arguments as in
-    ``Trainer``.
+    safetensors file with the weights, the log [batches, N-1, 3] (for every step the loss that its r
+    was trained on, mean and standard deviation of r over the batch), the seconds of training and
+    the configuration. Arguments as in ``Trainer``.
     """
     path = Path(path)
     if path.is_file():
@@ -517,7 +550,7 @@ def save_predictor(path: Path, trainer: Trainer) -> None:
     save_tensors(path, tensors, metadata)
 
 
-def load_predictor(path: Path, config: Training | None = None) -> Predictor:
+def load_predictor(path: Path, config: Training | None = None) -> Predictor | LearnedTable:
     """Read what ``save_predictor`` wrote; with ``config``, only if it was trained so.
 
     Raises:
@@ -528,12 +561,6 @@ def load_predictor(path: Path, config: Training | None = None) -> Predictor:
     require(
         config in (None, found), "the predictor", str(path), "of the training that is asked for"
     )
-    predictor = Predictor(
-        found.form,
-        tuple(json.loads(metadata["bottleneck_size"])),
-        found.scale_dir,
-        found.scale_time,
-        found.uses_bottleneck,
-    )
+    predictor = make_predictor(found, json.loads(metadata["bottleneck_size"]))
     predictor.load_state_dict(_below("predictor/", tensors))
     return predictor.eval()

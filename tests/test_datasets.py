@@ -8,7 +8,11 @@ import torch
 
 from amedlib import datasets, load_dataset
 from amedlib.datasets import DATA, load_weights
-from amedlib.sampling import make_latents
+from amedlib.denoisers.digits import DigitsClassifier
+from amedlib.sampling import make_latents, sample
+from amedlib.schedules import make_schedule
+from amedlib.solvers import make_solver
+from amedlib.training import Trainer, Training
 
 
 @pytest.fixture
@@ -91,4 +95,77 @@ def test_losses_compare_states(monkeypatch):
 
 
 def test_registered_names():
-    assert set(datasets.DATASETS) == {"digits", "digits_uncentred"}
+    assert set(datasets.DATASETS) >= {
+        "digits",
+        "digits_uncentred",
+        "digits_conditional",
+        "digits_guidance_2",
+        "digits_guidance_4",
+        "digits_guidance_8",
+    }
+
+
+def test_a_sample_has_the_class_of_its_seed_whatever_the_batch():
+    data = load_dataset("digits_conditional")
+    seeds = range(48)
+    labels = data.labels(seeds)
+    assert labels.shape == (48, 10) and (labels.sum(1) == 1).all()
+    assert len(labels.argmax(1).unique()) == 10
+    times = make_schedule("polynomial", num_steps=9, sigma_min=0.002, sigma_max=80.0)
+
+    def samples(some):
+        latents = make_latents(some, data.shape)
+        return sample(data.denoiser, latents, times, make_solver("heun"), labels=data.labels(some))
+
+    x = samples(seeds).x
+    for some in (seeds[5:6], seeds[40:]):
+        assert torch.equal(data.labels(some), labels[some.start : some.stop])
+        torch.testing.assert_close(samples(some).x, x[some.start : some.stop], rtol=1e-4, atol=1e-4)
+    classifier = DigitsClassifier()
+    classifier.load_state_dict(load_weights("digits_classifier.safetensors")[0])
+    seen = classifier(data.to_images(x)).argmax(1)
+    assert (seen == labels.argmax(1)).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("scale", [2, 4, 8])
+def test_guidance_moves_the_conditional_denoiser(scale):
+    data, plain = load_dataset(f"digits_guidance_{scale}"), load_dataset("digits_conditional")
+    assert data.guidance == scale and not data.afs
+    x = 2 * make_latents(range(4), data.shape).double().requires_grad_()
+    t, labels = torch.tensor(2.0, dtype=torch.float64), data.labels(range(4))
+    log_p = data.denoiser.classifier(x, t).log_softmax(1)[labels.bool()].sum()
+    moved = scale * 4 * torch.autograd.grad(log_p, x)[0]
+    with torch.no_grad():
+        expected = plain.denoiser(x, t, labels) + moved.float()
+        torch.testing.assert_close(data.denoiser(x, t, labels), expected, rtol=1e-4, atol=1e-4)
+    assert expected.abs().max() > 1  # which a clipped denoiser would not return
+
+
+def test_fingerprints_name_all_weights(monkeypatch):
+    def found():
+        entries = (datasets.describe(name) for name in ("digits", "digits_guidance_2"))
+        return [entry.load(entry, "cpu").fingerprint for entry in entries]
+
+    before = found()
+
+    def other(name):
+        return *load_weights(name)[:2], f"other {name}" if "noisy" in name else load_weights(name)[
+            2
+        ]
+
+    monkeypatch.setattr(datasets, "load_weights", other)
+    after = found()
+    assert before[0] == after[0] and before[1] != after[1] and before[0] != before[1]
+
+
+def test_a_predictor_trains_through_guidance():
+    data = load_dataset("digits_guidance_8")
+    options = {"order": 3, "thresholding": False}
+    config = Training(solver="dpmpp", options=options, num_steps=4, afs=False, images=16, batch=8)
+    trainer = Trainer(data.denoiser, config, data.shape, labels=data.labels)
+    before = [p.clone() for p in trainer.predictor.parameters()]
+    trainer.step()
+    trainer.step()
+    assert torch.tensor(trainer.log).isfinite().all()
+    moved = zip(before, trainer.predictor.parameters(), strict=True)
+    assert all(not torch.equal(old, new) for old, new in moved)

@@ -91,12 +91,13 @@ def test_verdicts(ours, theirs, expected):
     assert row["low"] < row["difference"] < row["high"]
 
 
-def test_one_training_seed_decides_nothing():
+def test_one_training_seed_decides_nothing(tmp_path):
+    """Unless the store knows how much other trainings differ."""
     measured = made_up_table(1.0, 9.0, noise=0.1)
     one = measured[
         [r.run.predictor is None or r.run.predictor["seed"] == 0 for r in measured.result]
     ]
-    assert set(paper.judge("table2", one)["verdict"]) == {"undecided"}
+    assert set(paper.judge("table2", one, tmp_path)["verdict"]) == {"undecided"}
 
 
 def test_interval_formatting():

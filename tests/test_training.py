@@ -8,7 +8,7 @@ import torch.autograd.forward_ad as fwad
 from toys import TinyNet
 
 from amedlib.denoisers import edm
-from amedlib.intermediate import Predictor
+from amedlib.intermediate import LearnedTable, Predictor, TimeWise
 from amedlib.sampling import Sampler, make_classes, make_latents, sample
 from amedlib.solvers import make_solver
 from amedlib.training import (
@@ -31,6 +31,8 @@ STUDENTS = [
     ("unipc", {"order": 2, "thresholding": False}),
 ]
 
+TABLE = {"recipe": "paper", "form": "table", "uses_bottleneck": False}
+
 
 def gradients(config, net):
     """The predictor's gradient after each step of one batch, without updates."""
@@ -49,12 +51,12 @@ def gradients(config, net):
 
 
 @pytest.mark.parametrize("solver, options", STUDENTS)
-@pytest.mark.parametrize("recipe", ["paper", "release"])
+@pytest.mark.parametrize("recipe", ["paper", "release", "table"])
 def test_forward_mode_equals_reverse_mode(solver, options, recipe):
     config = Training(
         solver=solver,
         options=options,
-        recipe=recipe,
+        **TABLE if recipe == "table" else {"recipe": recipe},
         scale_time=0.2 if recipe == "release" else 0.0,
         num_steps=4,
         batch=5,
@@ -119,6 +121,91 @@ def test_gradient_against_finite_differences():
             values.append(loss().item())
             parameter -= h
     assert exact == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-6)
+
+
+@pytest.mark.parametrize("form", [{"recipe": "paper"}, {"scale_time": 0.2}, TABLE])
+@pytest.mark.parametrize("solver, options", STUDENTS)
+def test_gradient_of_the_endpoint_against_finite_differences(solver, options, form):
+    config = Training(
+        solver=solver, options=options, objective="endpoint", batch=4, images=4, **form
+    )
+    trainer = Trainer(TinyNet(), config, SHAPE)
+    trainer.predictor.double()
+    latents = make_latents(trainer.seeds(0), trainer.shape)
+
+    def loss():
+        (found,) = trainer.losses(latents)
+        return found[0]
+
+    loss().backward()
+    parameters = [p for p in trainer.predictor.parameters() if p.grad is not None]
+    generator = torch.Generator().manual_seed(0)
+    directions = [
+        torch.randn(p.shape, generator=generator, dtype=p.dtype) / p.numel() ** 0.5
+        for p in parameters
+    ]
+    exact = sum((p.grad * d).sum() for p, d in zip(parameters, directions, strict=True)).item()
+    h, values = 1e-4, {}
+    with torch.no_grad():
+        for factor in (-2, -1, 1, 2):
+            moved = [(p, factor * h * d) for p, d in zip(parameters, directions, strict=True)]
+            for p, change in moved:
+                p += change
+            values[factor] = loss().item()
+            for p, change in moved:
+                p -= change
+    # Fourth order in h.
+    found = (8 * (values[1] - values[-1]) - (values[2] - values[-2])) / (12 * h)
+    assert exact == pytest.approx(found, rel=1e-6)
+
+
+def test_every_r_of_a_table_feels_the_endpoint_and_only_its_own_step():
+    for objective, felt in (("endpoint", [3]), ("step", [1, 1, 1])):
+        trainer = Trainer(TinyNet(), Training(objective=objective, images=4, **TABLE), SHAPE)
+        counts = []
+        for loss, _ in trainer.losses(make_latents(range(4), SHAPE)):
+            trainer.optimizer.zero_grad()
+            loss.backward()
+            counts.append(sum(p.grad is not None for p in trainer.predictor.parameters()))
+        assert counts == felt
+
+
+def test_training_on_the_endpoint_brings_it_closer():
+    config = Training(
+        solver="euler", images=640, batch=64, objective="endpoint", learning_rate=0.1, **TABLE
+    )
+    trainer = Trainer(TinyNet(), config, SHAPE)
+    while len(trainer.log) < trainer.batches:
+        trainer.step()
+    first, last = trainer.log[0], trainer.log[-1]
+    assert last[0][0] < 0.9 * first[0][0]
+    assert [r for _, r, _ in first] == [0.5, 0.5, 0.5]
+    assert all(sd < 1e-6 for _, _, sd in last)
+    assert len({loss for loss, _, _ in last}) == 1
+
+
+def test_a_table_is_the_time_wise_intermediate_of_its_numbers(tmp_path):
+    config = Training(solver="ipndm", images=128, batch=64, learning_rate=0.1, **TABLE)
+    path, net = tmp_path / "table.safetensors", TinyNet()
+    train(net, config, SHAPE, path, progress=False)
+    table = load_predictor(path, config)
+    assert isinstance(table, LearnedTable)
+    r = torch.sigmoid(torch.stack(list(table.double().logits))).tolist()
+    assert len(set(r)) == 3 and 0.5 not in r
+    latents = make_latents(range(3), SHAPE)
+    arguments = net, latents, config.times(), make_solver("ipndm")
+    found = sample(*arguments, intermediate=table).x
+    expected = sample(*arguments, intermediate=TimeWise(r)).x
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="steps of a learned table must be .* 4; 3 was given"):
+        sample(net, latents, Training(num_steps=5).times(), make_solver("ipndm"), False, table)
+
+
+def test_a_table_starts_where_dpm_solver_2_is():
+    net, latents, times = TinyNet(), make_latents(range(3), SHAPE), Training().times()
+    found = sample(net, latents, times, make_solver("amed"), intermediate=LearnedTable(3)).x
+    expected = sample(net, latents, times, make_solver("dpm2", r=0.5)).x
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("afs", [False, True])
@@ -188,9 +275,10 @@ class Small:
         return self.net(x, t, **options)
 
 
+@pytest.mark.parametrize("objective", ["step", "endpoint"])
 @pytest.mark.parametrize("solver", ["amed", "ipndm"])
-def test_a_batch_in_parts_trains_the_same_predictor(solver):
-    config = Training(solver=solver, images=14, batch=7, num_steps=3)
+def test_a_batch_in_parts_trains_the_same_predictor(solver, objective):
+    config = Training(solver=solver, objective=objective, images=14, batch=7, num_steps=3)
     trainers = [Trainer(Small(room), config, SHAPE) for room in (7, 2)]
     for trainer in trainers:
         trainer.predictor.double()
@@ -277,6 +365,18 @@ def test_a_trained_predictor_survives_the_file(tmp_path):
         ({"solver": "ipndm", "options": {"order": 5}}, "order must be a whole number from 1 to 4"),
         ({"sigma_min": 90.0}, "0 < sigma_min < sigma_max"),
         ({"recipe": "paper", "scale_dir": 0.1}, "must be zero in the form"),
+        ({"form": "mine"}, "form must be one of 'paper', 'release', 'table'"),
+        ({"form": "table", "scale_dir": 0.0}, "uses_bottleneck must be False in the form"),
+        ({"form": "table", "uses_bottleneck": False}, 'must be zero in the form "table"'),
+        ({"objective": "end"}, "objective must be one of 'step', 'endpoint'; 'end' was given"),
+        (
+            {"objective": "endpoint", "start": "teacher"},
+            "start must be 'student' for the objective",
+        ),
+        (
+            {"objective": "endpoint", "gradient": "forward"},
+            "gradient must be 'reverse' for the obj",
+        ),
         ({"precision": "float8"}, "precision must be one of 'float32', 'float16', 'bfloat16'"),
     ],
 )

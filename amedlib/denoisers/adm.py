@@ -11,6 +11,7 @@ from these networks.
 
 import math
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 import torch.autograd.forward_ad as fwad
@@ -40,6 +41,12 @@ def sigma_range(time_map: str = "release") -> tuple[float, float]:
     return low, high
 
 
+@cache
+def _minus_log_alpha_bar(device: torch.device) -> torch.Tensor:
+    """Of the ``SIGMAS``; copied to a device once, which waits for it."""
+    return torch.as_tensor(SIGMAS, device=device).square().log1p()
+
+
 def timestep(sigma: torch.Tensor, time_map: str = "release") -> torch.Tensor:
     """ADM's (fractional) timestep of noise levels, in the shape and dtype of sigma.
 
@@ -54,7 +61,7 @@ def timestep(sigma: torch.Tensor, time_map: str = "release") -> torch.Tensor:
         root = (_BETA_MIN**2 + 2 * _BETA_D * minus_log_alpha_bar).sqrt()
         steps = 999 * (root - _BETA_MIN) / _BETA_D
     else:
-        levels = torch.as_tensor(SIGMAS, device=sigma.device).square().log1p()
+        levels = _minus_log_alpha_bar(sigma.device)
         upper = torch.searchsorted(levels, minus_log_alpha_bar.detach()).clamp(1, 999)
         start, end = levels[upper - 1], levels[upper]
         steps = upper - 1 + (minus_log_alpha_bar - start) / (end - start)
@@ -347,6 +354,11 @@ def _changed(defaults, architecture):
     return defaults | architecture
 
 
+def cm_network(**architecture) -> CMPrecond:
+    """The network of ``cm_denoiser`` with random weights."""
+    return CMPrecond(0.002, 80.0, **_changed(_LSUN, architecture), middle_bottleneck=True)
+
+
 def cm_denoiser(state, attention_order: str = "qkv", **architecture) -> CMPrecond:
     """The denoiser of ``edm_bedroom256_ema.pt`` or ``edm_cat256_ema.pt``, frozen, in float32.
 
@@ -362,8 +374,7 @@ def cm_denoiser(state, attention_order: str = "qkv", **architecture) -> CMPrecon
     Raises:
         ValueError: the state dict is not one of this architecture, or the latter is impossible.
     """
-    changed = _changed(_LSUN, architecture)
-    net = CMPrecond(0.002, 80.0, **changed, middle_bottleneck=True)
+    net = cm_network(**architecture)
     _load(net.model, state, attention_order)
     return net.eval().requires_grad_(False)
 

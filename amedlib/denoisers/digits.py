@@ -1,4 +1,4 @@
-"""The embedded default: scikit-learn's 8x8 digits, how they are divided, and their classifier.
+"""The embedded default: scikit-learn's 8x8 digits, how they are divided, and their classifiers.
 
 The digits are 1,797 real handwritten digits with 17 grey levels (Alpaydin and Kaynak, 1998, UCI
 "Optical Recognition of Handwritten Digits"). The denoiser is trained on the centred images: the
@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from amedlib.checks import require
+
 GREY_LEVELS = 17
+SIGMA_DATA = 0.5416  # standard deviation of the centred images
 
 
 class Digits(NamedTuple):
@@ -21,7 +24,7 @@ class Digits(NamedTuple):
         images: [1797, 1, 8, 8] float32 in [-1, 1], grey level g stands at g/8 - 1.
         labels: [1797] int64, the digits 0 to 9.
         mean: the mean image [1, 8, 8] float32 of all images; subtracted for the denoiser.
-        classifier_part: indices of the third that trains the classifier, every third image.
+        classifier_part: indices of the third that trains the classifiers, every third image.
         reference_part: indices of the other two thirds, which give the reference statistics.
     """
 
@@ -76,3 +79,38 @@ class DigitsClassifier(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits [B, 10] of images [B, 1, 8, 8] in [-1, 1] (not centred)."""
         return self.out(self.features(x))
+
+
+class NoisyDigitsClassifier(nn.Module):
+    """p(digit | x; sigma) of centred digits with noise, for classifier guidance.
+
+    Its logits shrink with c_in = 1 / sqrt(sigma_data^2 + sigma^2), as does its input (EDM, Karras
+    et al., 2022, Table 1). For classes of equal covariance the log odds are linear in x / sigma^2
+    when the noise is large, so that what is learned there need not depend on sigma. Guidance
+    multiplies the gradient by sigma^2, which leaves little room for errors.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.conv0 = nn.Conv2d(2, 16, 3, padding=1)
+        self.conv1 = nn.Conv2d(16, 32, 3, padding=1, stride=2)
+        self.conv2 = nn.Conv2d(32, 32, 3, padding=1)
+        self.hidden = nn.Linear(32 * 16, 64)
+        self.out = nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor, sigma) -> torch.Tensor:
+        """Logits [B, 10] of centred images with noise [B, 1, 8, 8], in the parameters' dtype.
+
+        sigma: standard deviation of the noise, a positive number or one per image [B, 1, 1, 1].
+
+        Raises ValueError when sigma does not fit to the batch.
+        """
+        x = x.to(self.out.weight.dtype)
+        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1)
+        if len(sigma) not in (1, len(x)):
+            require(False, "sigma", tuple(sigma.shape), f"one number or one per image ({len(x)})")
+        c_in = (SIGMA_DATA**2 + sigma.square()).rsqrt()
+        y = torch.cat([c_in * x, (sigma.log() / 4).expand_as(x)], dim=1)
+        for conv in (self.conv0, self.conv1, self.conv2):
+            y = F.silu(conv(y))
+        return SIGMA_DATA * c_in.flatten(1) * self.out(F.silu(self.hidden(y.flatten(1))))

@@ -89,6 +89,7 @@ class LatentDenoiser(nn.Module):
         self.tokenizer, self.guidance = tokenizer, float(guidance)
         self.sigmas = np.asarray(sigmas, dtype=np.float64)
         self.sigma_min, self.sigma_max = float(self.sigmas[0]), float(self.sigmas[-1])
+        self.log_alphas = torch.from_numpy(-0.5 * np.log1p(self.sigmas**2))
         self.evaluations_per_call = 1 if guidance == 1 else 2
         size = unet.config.sample_size
         self.shape = (unet.config.in_channels, size, size)
@@ -124,7 +125,8 @@ class LatentDenoiser(nn.Module):
 
         Linear in log alpha = -log(1 + sigma^2) / 2 between two levels and beyond the ends.
         """
-        levels = torch.from_numpy(-0.5 * np.log1p(self.sigmas**2)).to(sigma)
+        # Moved here, and once: with the module they could become half, and a GPU waits for it.
+        levels = self.log_alphas = self.log_alphas.to(sigma)
         log_alpha = -0.5 * torch.log1p(sigma**2)
         above = torch.searchsorted(-levels, -log_alpha.detach()).clamp(1, len(levels) - 1)
         low, high = levels[above - 1], levels[above]

@@ -1,0 +1,196 @@
+"""What the paper's tables cost: network evaluations, counted by code, and the time they take.
+
+Nothing here is a formula for a number of evaluations: they are counted by a denoiser that the
+training and the search really call. ``python -m benchmarks gpu`` measures how fast a machine is.
+"""
+
+import json
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import torch
+
+from amedlib import plans
+from amedlib.datasets import describe
+from amedlib.files import load_tensors
+from amedlib.study import BLOCKS, RESULTS, Context, Run, grid_search, load_result, predictor_path
+from amedlib.training import Trainer, Training
+
+# What evaluations are made for; the last are images through the network that judges samples.
+KINDS = ("sampling", "search", "training", "features")
+# Data sets whose network has the architecture of another one's.
+SAME_NETWORK = {"lsun_cat": "lsun_bedroom"}
+
+
+class _Counter:
+    """A denoiser that changes nothing, and counts the images that it is given."""
+
+    gives_bottleneck = True
+    bottleneck_size = (1, 1)
+
+    def __init__(self):
+        self.images = 0
+
+    def __call__(self, x, t, labels=None, return_bottleneck=False):
+        self.images += len(x)
+        return (x, x.new_zeros(len(x), 1, 1, 1)) if return_bottleneck else x
+
+
+def training_evaluations(training: Training) -> int:
+    """Network evaluations of a whole training, of teacher and student, counted on one trajectory.
+
+    One of them in each step, the student's second, is differentiated.
+    """
+    # The seed changes nothing here, and most trainings differ in it alone.
+    each = _per_trajectory(json.dumps(asdict(replace(training, seed=0))))
+    return each * -(-training.images // training.batch) * training.batch
+
+
+@cache
+def _per_trajectory(training: str) -> int:
+    counter = _Counter()
+    trainer = Trainer(counter, Training(**json.loads(training)), (1, 1, 1))
+    for _ in trainer.losses(torch.ones(1, 1, 1, 1)):
+        pass
+    return counter.images
+
+
+def search_evaluations(search: Run) -> int:
+    """Network evaluations of a Run of ``"grid_search"``, counted on a few samples."""
+    counter, few = _Counter(), replace(search, samples=2 * BLOCKS)
+    data = SimpleNamespace(denoiser=counter, shape=(1, 1, 1), labels=None, batch=few.samples)
+    grid_search(few, Context(data, Path(), "cpu", progress=False))
+    return counter.images // few.samples * search.samples
+
+
+def _parts(planned: pd.DataFrame) -> tuple[list[Run], list[Run], list[Run]]:
+    """The Runs of a plan, one for each training that they need, and their searches; each once."""
+    runs = list({what.key: what for what in planned["run"]}.values())
+    trained = {predictor_path(what): what for what in runs if what.predictor is not None}
+    searches = [what.search() for what in runs if what.r == "searched"]
+    return runs, list(trained.values()), list({what.key: what for what in searches}.values())
+
+
+def evaluations(planned: pd.DataFrame) -> dict[str, int]:
+    """Network evaluations of a plan, by ``KINDS``; what several Runs share counts once."""
+    runs, trained, searches = _parts(planned)
+    per_call = describe(runs[0].dataset).evaluations_per_call
+    return {
+        "sampling": sum(what.nfe * what.samples for what in runs),
+        "search": per_call * sum(search_evaluations(what) for what in searches),
+        "training": per_call * sum(training_evaluations(what.training) for what in trained),
+        "features": sum(what.samples for what in runs if what.metric == "fd"),
+    }
+
+
+def planned_table(number: int, dataset: str, **how) -> pd.DataFrame:
+    """The Runs of a table of the paper from 2 to 13; arguments as of ``plans.table``."""
+    return plans.table2(dataset, **how) if number == 2 else plans.table(number, dataset, **how)
+
+
+def count_tables(seeds=plans.SEEDS) -> pd.DataFrame:
+    """Evaluations of Tables 2 to 13 on the paper's own data sets, each table by itself.
+
+    Returns:
+        Columns table, dataset, runs, trainings and ``KINDS``.
+    """
+    rows = []
+    for number in range(2, 14):
+        for dataset in plans.published(f"table{number}")["dataset"].unique():
+            planned = planned_table(number, dataset, seeds=seeds)
+            runs, trained, _ = _parts(planned)
+            row = {"table": number, "dataset": dataset, "runs": len(runs)}
+            rows.append(row | {"trainings": len(trained)} | evaluations(planned))
+    return pd.DataFrame(rows)
+
+
+def spent(planned: pd.DataFrame, results_dir=RESULTS) -> dict:
+    """What a plan took where it was computed, from the store.
+
+    Returns:
+        runs and trainings: how many there are; stored and timed: how many of them have their result
+        and the seconds of their training in the store; seconds of sampling (with all that is
+        measured of the samples), search and training of those; and the devices.
+    """
+    runs, trained, searches = _parts(planned)
+    results = [load_result(what, results_dir) for what in runs]
+    found = [load_result(what, results_dir) for what in searches]
+    paths = [predictor_path(what, results_dir) for what in trained]
+    metadata = [load_tensors(path)[1] for path in paths if path.is_file()]
+    # Predictors of an early version do not say how long they took.
+    seconds = [float(each["seconds"]) for each in metadata if "seconds" in each]
+    return {
+        "runs": len(runs),
+        "stored": sum(result is not None for result in results),
+        "trainings": len(trained),
+        "timed": len(seconds),
+        "sampling": sum(result.seconds for result in results if result),
+        "search": sum(result.seconds for result in found if result),
+        "training": sum(seconds),
+        "device": ", ".join(sorted({result.device for result in results if result})),
+    }
+
+
+# --- projection ---------------------------------------------------------------------------------
+
+
+def rates(report: dict[str, pd.DataFrame]) -> dict[str, dict[str, float]]:
+    """Images per second by data set and kind, from what ``python -m benchmarks gpu`` measured.
+
+    Sampling in the data set's precision, training with its gradient; what was not measured or
+    failed is left out.
+
+    Args:
+        report: from ``plotting.benchmarks``.
+    """
+    inception = _column(report, "features")
+    found = {}
+    for name in {row["dataset"] for row in _rows(report, "rates")}:
+        data = describe(name)
+        gradient = data.training.get("gradient", "reverse")
+        measured = {
+            "sampling": _column(report, "rates", dataset=name, variant=data.precision),
+            "training": _column(report, "training", dataset=name, gradient=gradient),
+            "features": inception,
+        }
+        measured["search"] = measured["sampling"]
+        found[name] = {kind: rate for kind, rate in measured.items() if rate}
+    return found | {name: found[same] for name, same in SAME_NETWORK.items() if same in found}
+
+
+def _rows(report, part) -> list[dict]:
+    return report[part].to_dict("records") if part in report else []
+
+
+def _column(report, part, **wanted) -> float | None:
+    """The images per second in the row with these values."""
+    for row in _rows(report, part):
+        if all(row[name] == value for name, value in wanted.items()):
+            rate = row.get("images/s")
+            return None if pd.isna(rate) else rate
+    return None
+
+
+def project(counted: pd.DataFrame, rates: dict[str, dict[str, float]]) -> pd.DataFrame:
+    """Hours that counted evaluations take at given rates: evaluations / rate / 3600.
+
+    Args:
+        counted: columns dataset and ``KINDS``, from ``count_tables``.
+        rates: images per second by data set and kind. A kind that no data set has a rate for is
+            left out; where a data set has none, its hours are NaN.
+
+    Returns:
+        Columns table, dataset, the kinds, and total: hours.
+    """
+    kinds = [kind for kind in KINDS if any(kind in each for each in rates.values())]
+    each = pd.DataFrame(
+        [{kind: rates.get(name, {}).get(kind) for kind in kinds} for name in counted["dataset"]],
+        index=counted.index,
+        columns=kinds,
+        dtype=float,
+    )
+    hours = counted[kinds] / each / 3600
+    return counted[["table", "dataset"]].join(hours).assign(total=hours.sum(axis=1, skipna=False))

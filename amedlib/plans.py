@@ -373,7 +373,6 @@ LEARNED = tuple(name for name, method in METHODS.items() if method.learned)
 # One free number per step in the place of g_phi. Adam moves each by about its learning rate; it is
 # larger here than for the weights of a network, of which many act on every r.
 FREE_R = {"form": "table", "uses_bottleneck": False, "learning_rate": 0.05}
-RELEASE_FORM = {"form": "release", "scale_dir": 0.01}
 
 
 @dataclass(frozen=True)
@@ -393,14 +392,9 @@ class Question:
 
 QUESTIONS = {
     "objective": Question(
-        {
-            "network, step": {},
-            "network, endpoint": {"objective": "endpoint"},
-            "table, step": FREE_R,
-            "table, endpoint": FREE_R | {"objective": "endpoint"},
-        },
-        nfes=(5, 7),
+        {"for the step": {}, "for the endpoint": {"objective": "endpoint"}}, nfes=(5, 7)
     ),
+    "parameters": Question({"network": {}, "table": FREE_R}),
     "images": Question(
         {f"{count:,} images": {"images": count} for count in (10_000, 2048, 512, 128)}
     ),
@@ -408,15 +402,6 @@ QUESTIONS = {
         # 5 NFE have four time points.
         {"trained at this NFE": {}, "trained at 5 NFE": {"num_steps": 4}},
         nfes=(3, 7, 9),
-    ),
-    "recipe": Question(
-        {
-            "form paper, start student": {},
-            "form paper, start teacher": {"start": "teacher"},
-            "form release, start student": RELEASE_FORM,
-            "form release, start teacher": RELEASE_FORM | {"start": "teacher"},
-        },
-        names=("AMED-Solver",),
     ),
 }
 
@@ -443,6 +428,16 @@ def beyond(
         for name in asked.names
         for variant, fields in asked.variants.items()
     )
+
+
+def beyond_all(dataset: str = "digits") -> list[pd.DataFrame]:
+    """Every plan of ``beyond.ipynb``."""
+    found = []
+    for metric, n_samples in (("fd", None), ("endpoint_error", None), ("learned_r", 1000)):
+        how = {"n_samples": n_samples, "metric": metric}
+        asked = QUESTIONS if metric != "learned_r" else ("objective", "transfer")
+        found += [beyond(question, dataset, **how) for question in asked]
+    return found
 
 
 def concat(plans) -> pd.DataFrame:
@@ -481,7 +476,7 @@ def whole_study(dataset: str = "digits") -> list[Run]:
         found += [table(n, dataset, seeds=SEEDS[:1], metric=metric) for n in TABLES]
         found.append(figure8(dataset, seeds=SEEDS[:1], metric=metric))
     if dataset == "digits":
-        found.append(centring())
+        found += [centring(), *beyond_all()]
     runs = [what for plan in found for what in plan["run"]]
     runs += [limit_run(dataset, metric=metric) for metric in metrics]
     runs += [accuracy_run(dataset)]

@@ -187,6 +187,8 @@ def _linear(function):
 
 
 def _group_norm(x, dx, groups, weight=None, bias=None, eps=1e-5):
+    if weight is not None:  # autocast does not reach this kernel, which takes one precision only
+        x, dx = x.to(weight.dtype), dx.to(weight.dtype)
     x, dx = x.contiguous(), dx.contiguous()
     size = (*x.shape[:2], x[0, 0].numel(), groups)
     y, mean, rstd = torch.native_group_norm(x, weight, bias, *size, eps)

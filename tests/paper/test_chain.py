@@ -199,15 +199,24 @@ def vgg_weights():
 
 
 @cache
+def direct_inception():
+    return FeatureExtractorInceptionV3("direct", ["2048"], io.BytesIO(inception_weights()))
+
+
+@torch.no_grad()
+def features_of(images):
+    return direct_inception()(images)[0].double().numpy()
+
+
+@cache
 def statistics(asset):
-    """Mean and covariance of 2048 features, and what OpenAI's files hold besides."""
+    """Mean and covariance of features, and what OpenAI's files hold besides."""
     generator = np.random.default_rng(sorted(ASSETS).index(asset))
-    mean, root = 0.2 * generator.random(2048), generator.normal(scale=2e-3, size=(2048, 2048))
-    images = {}
-    if asset.startswith("VIRTUAL"):
-        images["arr_0"] = generator.integers(0, 256, (4, 256, 256, 3), dtype=np.uint8)
+    images = generator.integers(0, 256, (32, 3, 8, 8), dtype=np.uint8)
+    features = features_of(torch.from_numpy(images))
+    more = {"arr_0": images.transpose(0, 2, 3, 1)} if asset.startswith("VIRTUAL") else {}
     file = io.BytesIO()
-    np.savez(file, mu=mean, sigma=root @ root.T, **images)
+    np.savez(file, mu=features.mean(0), sigma=np.cov(features, rowvar=False), **more)
     return file.getvalue()
 
 
@@ -413,17 +422,11 @@ def by_hand(data, model, times):
         return x, (model.decode(x) * 127.5 + 128).floor().clamp(0, 255).to(torch.uint8)
 
 
-@cache
-def direct_inception():
-    return FeatureExtractorInceptionV3("direct", ["2048"], io.BytesIO(inception_weights()))
-
-
 def fid(images, reference):
     """By torch-fidelity's network, and a formula for fewer images than features."""
     with np.load(io.BytesIO(reference)) as file:
         mean, covariance = file["mu"], file["sigma"]
-    with torch.no_grad():
-        features = direct_inception()(images)[0].double().numpy()
+    features = features_of(images)
     centred = (features - features.mean(0)) / math.sqrt(len(features) - 1)
     roots = np.linalg.eigvalsh(centred @ covariance @ centred.T).clip(0) ** 0.5
     parts = ((features.mean(0) - mean) ** 2).sum(), (centred**2).sum(), covariance.trace()
@@ -457,8 +460,35 @@ def compare_by_hand(entry, results_dir, ddim, states, images):
         found = study.load_result(ddim.with_metric("fd"), results_dir).value
         reference = statistics(entry.assets[-1])
         expected, other = fid(images, reference), fid(images.flip(1), reference)
-        assert found == pytest.approx(expected, rel=1e-4)
-        assert other != pytest.approx(expected, rel=1e-3)  # what colours are matters
+        assert found == pytest.approx(expected, rel=1e-3)
+        assert other != pytest.approx(expected, rel=5e-3)  # what colours are matters
+
+
+def test_statistics_have_the_published_size():
+    """It does not depend on the numbers in the file: 2048 means, 2048x2048 covariances, names."""
+    asset = "fid-refs/ffhq-64x64.npz"
+    assert len(statistics(asset)) == ASSETS[asset].size
+
+
+def check_entry(entry, data, model, ddim):
+    """Time points, labels and ranges of what was loaded are those of its files."""
+    times = ddim.times()
+    assert times[[0, -1]].tolist() == pytest.approx([entry.sigma_max, entry.sigma_min])
+    assert ddim.schedule == (entry.schedule or "polynomial")
+    owner = getattr(data.denoiser, "denoiser", data.denoiser)  # of a guided one
+    if model.kind in ("consistency", "guided", "latent", "text"):
+        assert (owner.sigma_min, owner.sigma_max) == (entry.sigma_min, entry.sigma_max)
+    labels = data.labels and data.labels(range(SAMPLES))
+    if model.kind == "text":
+        expected = model.texts[[1 + seed % len(PROMPTS) for seed in range(SAMPLES)]]
+        torch.testing.assert_close(labels, expected)
+        assert torch.pdist(model.texts.flatten(1)).min() > 0
+    elif model.kind in ("dhariwal", "guided"):
+        assert labels.shape == (SAMPLES, 5) and labels.argmax(1).unique().numel() > 1
+        assert torch.equal(labels.sum(1), torch.ones(SAMPLES))
+        assert torch.equal(data.labels([3]), labels[3:4])
+    else:
+        assert labels is None
 
 
 # The rows whose steps are learned, and one that is computed by hand.
@@ -476,7 +506,15 @@ def test_from_files_to_numbers(name, publish, server, tmp_path, monkeypatch):
         )
         for metric in entry.metrics
     }
-    measured = {metric: paper.measure(plan, **how) for metric, plan in planned.items()}
+    first = planned[entry.metrics[0]]  # the other one is measured with it
+    if len(first) > 1:
+        paper.measure(first[:-1], **how)
+    with evaluations(data) as outputs:
+        measured = {metric: paper.measure(plan, **how) for metric, plan in planned.items()}
+    # those of DDIM, and where it is alone those of the ODE's solution
+    calls = entry.nfes[0] // entry.evaluations_per_call + 8 * (name in TWINS)
+    assert sum(map(len, outputs)) == SAMPLES * calls * entry.evaluations_per_call
+    assert {str(output.dtype) for output in outputs} == {f"torch.{entry.precision}"}
     for plan in measured.values():
         for result in plan["result"]:
             assert result.nfe == entry.nfes[0] and np.isfinite(result.value) and result.value > 0
@@ -497,10 +535,7 @@ def test_from_files_to_numbers(name, publish, server, tmp_path, monkeypatch):
 
     # the row of DDIM by hand
     ddim = planned["endpoint_error"]["run"].iloc[-1]
-    with evaluations(data) as outputs:
-        study.compute(ddim, tmp_path, progress=False)
-    assert sum(map(len, outputs)) == SAMPLES * entry.nfes[0]
-    assert {str(output.dtype) for output in outputs} == {f"torch.{entry.precision}"}
+    check_entry(entry, data, model, ddim)
     states, images = by_hand(data, model, ddim.times())
     compare_by_hand(entry, tmp_path, ddim, states, images)
     if entry.precision != "float32" and name not in TWINS:

@@ -1,7 +1,5 @@
 """Questions beyond the paper: their plans, predictors that move, and stored results that stay."""
 
-import hashlib
-
 import pandas as pd
 import pytest
 
@@ -98,14 +96,9 @@ def test_a_free_table_has_a_number_per_step():
     assert all(size > 2_000 for (_, variant), size in sizes.items() if variant == "network")
 
 
-def test_new_fields_of_training_are_silent_by_default():
+def test_results_from_before_the_new_fields_are_found():
     assert Training().objective == "step"
-    digest = hashlib.sha256("".join(sorted(_keys_of_table_2())).encode()).hexdigest()
-    assert digest == "PLACEHOLDER"
-
-
-def _keys_of_table_2():
-    return [what.key for what in plans.table2("digits", **SAMPLES)["run"]]
+    assert all(load_result(what) is not None for what in plans.table2("digits")["run"])
 
 
 def test_every_run_of_the_questions_is_stored():

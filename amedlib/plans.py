@@ -380,7 +380,8 @@ class Question:
     """What is changed in training.
 
     Attributes:
-        variants: name to fields of ``Training``; the first is the row of Table 2 as it is.
+        variants: name to fields of ``Training``; the first is what the others are compared with,
+            where it has no fields the row of Table 2.
         nfes: where it is asked.
         names: of methods.
     """
@@ -393,6 +394,15 @@ class Question:
 QUESTIONS = {
     "objective": Question(
         {"for the step": {}, "for the endpoint": {"objective": "endpoint"}}, nfes=(5, 7)
+    ),
+    # Free numbers, in which nothing but the objective differs between trainings.
+    "greedy": Question(
+        {
+            "table, for the step": FREE_R,
+            "table, for the endpoint": FREE_R | {"objective": "endpoint"},
+        },
+        nfes=(7,),
+        names=("AMED-Plugin",),
     ),
     "parameters": Question({"network": {}, "table": FREE_R}),
     "images": Question(
@@ -435,7 +445,7 @@ def beyond_all(dataset: str = "digits") -> list[pd.DataFrame]:
     found = []
     for metric, n_samples in (("fd", None), ("endpoint_error", None), ("learned_r", 1000)):
         how = {"n_samples": n_samples, "metric": metric}
-        asked = QUESTIONS if metric != "learned_r" else ("objective", "transfer")
+        asked = QUESTIONS if metric != "learned_r" else ("objective", "greedy", "transfer")
         found += [beyond(question, dataset, **how) for question in asked]
     return found
 

@@ -206,16 +206,14 @@ def bold_exceptions(cells: pd.DataFrame) -> pd.DataFrame:
 def statements() -> pd.DataFrame:
     """Sentences of the paper in our words, each with what tests it on ``cells``.
 
-    Columns:
-        place, sentence, note; ``reading``: "text", or how a stricter reading of ours differs.
-        better, worse: pandas queries of cells; ``better`` is claimed to have the lower value.
-        same: columns in which two cells that are compared agree.
-        pick: "each" cell, or the "best" of either side.
-        within: the share by which ``better`` may be worse (negative: must be better); strictly
-            lower where there is none.
-        expected: "number" or "data set number; ...": what ``worse`` minus ``better`` is claimed to
-            be, or ``better`` itself where there is no ``worse``.
-        claim: "always" or "mostly" (in more than half of the comparisons).
+    The columns: place, sentence and note; ``reading`` is "text", or how a stricter reading of ours
+    differs. ``better`` and ``worse`` are pandas queries of cells, and ``better`` is claimed to have
+    the lower value; ``same`` lists the columns in which two cells that are compared agree; ``pick``
+    says whether "each" cell is compared or the "best" of either side. ``within`` is the share by
+    which ``better`` may be worse (negative: must be better), and where there is none it must be
+    strictly lower. ``expected`` is "number" or "data set number; ...": what ``worse`` minus
+    ``better`` is claimed to be, or ``better`` itself where there is no ``worse``. ``claim`` is
+    "always" or "mostly" (in more than half of the comparisons).
     """
     return pd.read_csv(DATA / "paper" / "statements.csv", dtype=str, keep_default_na=False)
 

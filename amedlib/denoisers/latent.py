@@ -149,7 +149,7 @@ class LatentDenoiser(nn.Module):
             x: [B, C, h, w].
             t: noise level, a positive number or one per sample [B, 1, 1, 1].
             labels: text embeddings [B, tokens, dim], from ``encode``; ``None`` without text.
-            return_bottleneck: return (D, output of the network's middle block [B, Ch, *size]),
+            return_bottleneck: return (D, output of the network's middle block [B, Ch, h, w]),
                 with guidance that of the conditional half, as in the released code.
 
         Raises:

@@ -1,9 +1,11 @@
 """Build the book: run the notebooks, render the pages, check what came out.
 
 ``make book`` calls this. Everything is written below ``_build``: ``stage`` (the sources that are
-rendered, with the executed notebooks), ``logs`` (what each notebook printed) and ``html``.
+rendered, with the executed notebooks), ``logs`` (what each notebook printed), ``executed`` (copies of
+them, used again while nothing that they read has changed) and ``html``.
 """
 
+import hashlib
 import os
 import re
 import shutil
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -21,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "_build"
 STAGE = BUILD / "stage"
 HTML = BUILD / "html"
+EXECUTED = BUILD / "executed"
 CPUS = os.cpu_count() or 1
 WORKERS = min(2, CPUS)
 
@@ -55,11 +59,23 @@ def run_notebooks() -> bool:
     install(prefix=str(BUILD / "kernel"), kernel_name="python3")
     notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
     notebooks.sort(key=lambda path: path.stem != "spotcheck")  # it takes longest
+    run = partial(run_notebook, inputs=inputs_of_notebooks())
     with ThreadPoolExecutor(WORKERS) as pool:
-        return all(list(pool.map(run_notebook, notebooks)))
+        return all(list(pool.map(run, notebooks)))
 
 
-def run_notebook(notebook: Path) -> bool:
+def inputs_of_notebooks() -> str:
+    """A hash of all that a notebook's output may depend on: notebooks, library, data, versions."""
+    digest = hashlib.sha256((ROOT / "constraints.txt").read_bytes())
+    for folder in ("notebooks", "amedlib", "data"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            ignored = {"cache", "__pycache__"} & set(path.relative_to(ROOT).parts)
+            if path.is_file() and not ignored:
+                digest.update(f"{path.relative_to(ROOT)} ".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def run_notebook(notebook: Path, inputs: str) -> bool:
     """Execute one notebook into the staged tree; what it prints goes to ``_build/logs``."""
     target = STAGE / "notebooks" / notebook.name
     log = BUILD / "logs" / f"{notebook.stem}.log"
@@ -72,6 +88,12 @@ def run_notebook(notebook: Path) -> bool:
     command = [sys.executable, "-m", "papermill", "--kernel", "python3", "--cwd", "notebooks"]
     command += ["--no-progress-bar", "--log-output"]
     command += [str(path.relative_to(ROOT)) for path in (notebook, target)]
+    # The spot check draws anew at every build.
+    kept = None if notebook.stem == "spotcheck" else EXECUTED / f"{notebook.stem}-{inputs}.ipynb"
+    if kept and kept.exists():
+        shutil.copy(kept, target)
+        print(f"{notebook.stem}: as executed before", flush=True)
+        return True
     print(f"{notebook.stem}: running", flush=True)
     start = time.perf_counter()
     with log.open("w") as out:
@@ -82,6 +104,10 @@ def run_notebook(notebook: Path) -> bool:
         print(f"{notebook.stem}: failed after {seconds:.0f} s; executed copy: {target}", flush=True)
         return False
     fold_code(target)
+    if kept:
+        EXECUTED.mkdir(exist_ok=True)
+        shutil.copy(target, kept.with_suffix(".new"))
+        kept.with_suffix(".new").replace(kept)
     print(f"{notebook.stem}: done in {seconds:.0f} s", flush=True)
     return True
 

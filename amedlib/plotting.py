@@ -430,7 +430,9 @@ def ledger(claims: pd.DataFrame):
         },
         index=claims["id"].tolist(),
     )
-    return frame.style
+    style = frame.style.set_properties(**{"text-align": "left", "vertical-align": "top"})
+    # Sentences wrap, numbers do not.
+    return style.set_properties(subset=["claim"], **{"white-space": "normal", "min-width": "15em"})
 
 
 def crossed_table(found: pd.DataFrame, rows: list[str], columns: list[str]):

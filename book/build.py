@@ -1,8 +1,8 @@
 """Build the book: run the notebooks, render the pages, check what came out.
 
 ``make book`` calls this. Everything is written below ``_build``: ``stage`` (the sources that are
-rendered, with the executed notebooks), ``logs`` (what each notebook printed), ``executed`` (copies of
-them, used again while nothing that they read has changed) and ``html``.
+rendered, with the executed notebooks), ``logs`` (what each notebook printed), ``executed`` (copies
+of them, used again while nothing that they read has changed) and ``html``.
 """
 
 import hashlib

@@ -430,9 +430,9 @@ def ledger(claims: pd.DataFrame):
         },
         index=claims["id"].tolist(),
     )
-    style = frame.style.set_properties(**{"text-align": "left", "vertical-align": "top"})
-    # Sentences wrap, numbers do not.
-    return style.set_properties(subset=["claim"], **{"white-space": "normal", "min-width": "15em"})
+    wrapped = {"text-align": "left", "vertical-align": "top", "white-space": "normal"}
+    style = frame.style.set_properties(**wrapped)
+    return style.set_properties(subset=["claim"], **{"min-width": "14em"})
 
 
 def crossed_table(found: pd.DataFrame, rows: list[str], columns: list[str]):

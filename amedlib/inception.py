@@ -31,25 +31,13 @@ class Statistics(NamedTuple):
     covariance: np.ndarray
 
 
-def _to_uint8(x: torch.Tensor, offset: float) -> torch.Tensor:
-    require(x.is_floating_point(), "images to quantise", x.dtype, "floating point, in [-1, 1]")
-    return (x * 127.5 + offset).clamp(0, 255).to(torch.uint8)
-
-
 def quantise_edm(x: torch.Tensor) -> torch.Tensor:
     """Images in [-1, 1] to 0..255 as NVIDIA's code does: ``x * 127.5 + 128``, clipped, truncated.
 
     This rounds to the nearest of 256 levels. Values beyond [-1, 1] are clipped; NaN has no meaning.
     """
-    return _to_uint8(x, 128)
-
-
-def quantise_openai(x: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1] to 0..255 as OpenAI's code does: ``(x + 1) * 127.5``, clipped, truncated.
-
-    This rounds down: half a level darker than ``quantise_edm`` on average.
-    """
-    return _to_uint8(x + 1, 0)
+    require(x.is_floating_point(), "images to quantise", x.dtype, "floating point, in [-1, 1]")
+    return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
 def inception_features(
@@ -92,7 +80,7 @@ def inception_features(
             images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3,
             "images",
             (images.dtype, tuple(images.shape)),
-            "uint8 of shape [B, 3, H, W], made by quantise_edm or quantise_openai",
+            "uint8 of shape [B, 3, H, W], made by quantise_edm",
         )
         return network(images.to(device))[0]
 

@@ -367,6 +367,31 @@ def plugin(
     return pd.DataFrame(rows)
 
 
+def headline(
+    dataset: str = "digits", nfe: int = 5, seeds=SEEDS, n_samples: int | None = None
+) -> pd.DataFrame:
+    """Table 2 at one NFE, with iPNDM's AFS alone and the plugin trained for the endpoint.
+
+    Columns variant (a method's name, with what is changed), method, paper (its FID, where it has
+    one), run.
+    """
+    rows = published("table9").query("method == 'iPNDM' and afs and not amed and nfe == @nfe")
+    afs = [
+        {"variant": "iPNDM, AFS", "method": "iPNDM", "paper": row["value"], "run": what}
+        for _, row in rows.iterrows()
+        for what in cell(dataset, row, n_samples=n_samples)
+    ]
+    theirs = published("table2").query("nfe == @nfe and dataset == @describe(@dataset).paper")
+    theirs = theirs.assign(method=theirs["method"].str.replace(r" \(.*\)$", "", regex=True))
+    plain = table2(dataset, nfes=[nfe], seeds=seeds, n_samples=n_samples)
+    plain = plain.assign(
+        variant=plain["method"], paper=plain["method"].map(theirs.set_index("method")["value"])
+    )
+    end = table2(dataset, ["AMED-Plugin"], [nfe], seeds, n_samples, objective="endpoint")
+    end = end.assign(variant="AMED-Plugin, trained for the end", paper=float("nan"))
+    return concat([plain, pd.DataFrame(afs), end])[["variant", "method", "paper", "run"]]
+
+
 # --- beyond the paper: questions of ours, asked of the AMED rows of Table 2 -----------------------
 
 LEARNED = tuple(name for name, method in METHODS.items() if method.learned)
@@ -487,6 +512,7 @@ def whole_study(dataset: str = "digits") -> list[Run]:
         found.append(figure8(dataset, seeds=SEEDS[:1], metric=metric))
     if dataset == "digits":
         found += [centring(), *beyond_all()]
+        found += [table(10, "digits_conditional", seeds=SEEDS[:1]), table(13, seeds=SEEDS[:1])]
     runs = [what for plan in found for what in plan["run"]]
     runs += [limit_run(dataset, metric=metric) for metric in metrics]
     runs += [accuracy_run(dataset)]

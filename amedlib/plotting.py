@@ -115,6 +115,28 @@ def against_nfe(panels: dict[str, pd.DataFrame], ylabels, levels=None) -> Figure
     return figure
 
 
+def at_one_nfe(found: pd.DataFrame, titles, units) -> Figure:
+    """Variants of methods at one NFE, the best at the top: ours left, the paper's right.
+
+    Args:
+        found: columns variant, method, paper, value, half; from ``paper.estimates``.
+        titles, units: of the two panels and their axes.
+    """
+    found = found.sort_values("value", ascending=False).reset_index(drop=True)
+    figure, axes = _panels(2, width=3.7, height=3.4, sharey=True)
+    for ax, column, title, unit in zip(axes[0], ("value", "paper"), titles, units, strict=True):
+        for place, row in found.iterrows():
+            bar = row["half"] if column == "value" else None
+            style = {"markersize": 8} | look(row["method"])
+            ax.errorbar(row[column], place, xerr=bar, capsize=3, linestyle="none", **style)
+        ax.set(title=title, xlabel=unit, xscale="log")
+        ax.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())
+    axes[0][0].set_yticks(found.index, found["variant"])
+    return figure
+
+
 def comparison_table(ours: pd.DataFrame, paper: pd.DataFrame | None = None, unit="FD"):
     """Methods against NFE: ours with its 95 % interval, the paper's beside it where it has one.
 

@@ -11,11 +11,11 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from amedlib import paper, plans, plotting, study
+from amedlib import claims, paper, plans, plotting, study
 from amedlib.datasets import DATA, describe
 from amedlib.study import BLOCKS, Estimate, Result, Run, difference, save_result
 
-CLAIMS = paper.claims().to_dict("records")
+CLAIMS = claims.claims().to_dict("records")
 # Pages whose results test claims.
 PAGES = {f"table{n}" for n in range(1, 14)} | {f"figure{n}" for n in range(2, 11)}
 PAGES |= {"theory", "audit", "benchmarks"}
@@ -75,7 +75,7 @@ def seeded(what, seed):
 
 
 def test_claims_are_whole():
-    frame = paper.claims()
+    frame = claims.claims()
     assert frame["id"].is_unique and len(frame) >= 56
     assert {"single-step", "plugin", "multi-step", "state-of-the-art"} <= set(frame["id"])
     assert (frame[["id", "kind", "source", "place", "sentence"]] != "").all().all()
@@ -84,7 +84,7 @@ def test_claims_are_whole():
     assert set(frame["better_pick"]) | set(frame["worse_pick"]) <= {"", "best", "worst"}
     # A comparison or a function, never both; and every function has its claim.
     assert not ((frame["test"] != "") & (frame["better"] != "")).any()
-    assert set(frame["test"]) - {""} == set(paper.TESTS)
+    assert set(frame["test"]) - {""} == set(claims.TESTS)
     untested = frame[(frame["test"] == "") & (frame["better"] == "")]
     assert set(untested["id"]) == {"afs-direction", "protocol"}
 
@@ -97,11 +97,11 @@ def test_every_source_has_a_page():
 
 @cache
 def planned_cells(source, dataset):
-    planned = paper._planned(source, dataset, "fd")
-    if source in paper.PRINTED[1:]:  # with the NFE that are not run on digits
+    planned = claims._planned(source, dataset, "fd")
+    if source in claims.PRINTED[1:]:  # with the NFE that are not run on digits
         nfes = sorted(plans.published(source)["nfe"].unique().tolist())
         planned = plans.table(int(source.removeprefix("table")), dataset, nfes)
-    return paper._cells(planned.assign(result=None), study.RESULTS).assign(value=0.0)
+    return claims._cells(planned.assign(result=None), study.RESULTS).assign(value=0.0)
 
 
 @pytest.mark.parametrize(
@@ -110,11 +110,11 @@ def planned_cells(source, dataset):
 def test_every_comparison_selects_something(claim):
     """On every data set that it names, from the paper's table or from our plan."""
     for dataset in claim["datasets"].split():
-        source = paper._source(claim, dataset)
-        if source in paper.PRINTED:
-            found = paper.printed(source, claim | {"datasets": dataset})
+        source = claims._source(claim, dataset)
+        if source in claims.PRINTED:
+            found = claims.printed(source, claim | {"datasets": dataset})
         else:
-            found = paper.pairs(planned_cells(source, dataset), claim)
+            found = claims.pairs(planned_cells(source, dataset), claim)
         assert len(found) > 0, (dataset, source)
 
 
@@ -122,26 +122,34 @@ def test_plans_and_print_give_the_same_comparisons():
     """A claim is tested here by as many comparisons as the paper prints for CIFAR-10."""
     for claim in CLAIMS:
         source = claim["source"].split()[0]
-        if not claim["better"] or source not in paper.PRINTED or "cifar10" not in claim["datasets"]:
+        if (
+            not claim["better"]
+            or source not in claims.PRINTED
+            or "cifar10" not in claim["datasets"]
+        ):
             continue
-        here = paper.pairs(planned_cells(source, "digits"), claim)
-        there = paper.printed(source, claim | {"datasets": "cifar10"})
+        here = claims.pairs(planned_cells(source, "digits"), claim)
+        there = claims.printed(source, claim | {"datasets": "cifar10"})
         assert len(here) == len(there), claim["id"]
 
 
 def test_most_claims_are_tested_on_digits():
-    about = [c for c in CLAIMS if paper._is_about(c, "digits") and (c["better"] or c["test"])]
+    about = [
+        c
+        for c in CLAIMS
+        if claims._is_about(c, claims._source(c, "digits"), "digits") and (c["better"] or c["test"])
+    ]
     assert len(about) >= 40
     assert not any(c["kind"] == "value" for c in about)  # no FID of the paper is a digits' FD
 
 
 def test_counts_in_print_are_those_made_by_hand():
-    found = {c["id"]: paper.in_print(c) for c in CLAIMS}
+    found = {c["id"]: claims.in_print(c) for c in CLAIMS}
     assert {name: found[name] for name in IN_PRINT} == IN_PRINT
 
 
 def test_commands_name_notebooks_and_data_sets_that_exist():
-    frame = paper.to_run("digits")
+    frame = claims.to_run("digits")
     for command in frame["command"]:
         source, name = re.search(
             r"notebooks/(\w+)\.ipynb out.ipynb -p dataset (\w+)", command
@@ -163,7 +171,7 @@ def test_commands_name_notebooks_and_data_sets_that_exist():
 
 
 def pair_claim(**fields):
-    empty = dict.fromkeys(paper.claims().columns, "") | {"factor": 1.0, "limit": 0.0}
+    empty = dict.fromkeys(claims.claims().columns, "") | {"factor": 1.0, "limit": 0.0}
     return empty | fields
 
 
@@ -185,7 +193,7 @@ def test_pairs_are_those_of_a_plain_loop():
         for a, b in itertools.product(rows, rows)
         if a["afs"] and not b["afs"] and a["method"] == b["method"] and a["nfe"] + 1 == b["nfe"]
     ]
-    found = paper.pairs(CELLS, claim)
+    found = claims.pairs(CELLS, claim)
     assert len(found) == 6
     assert sorted(map(str, found)) == sorted(map(str, expected))
 
@@ -193,26 +201,26 @@ def test_pairs_are_those_of_a_plain_loop():
 def test_picks_and_bounds():
     fields = {"better": "not afs", "worse": "afs", "same": "nfe", "nfe": "5"}
     claim = pair_claim(**fields, better_pick="best", worse_pick="worst")
-    ((better, worse),) = paper.pairs(CELLS, claim)
+    ((better, worse),) = claims.pairs(CELLS, claim)
     assert (better["method"], worse["method"]) == ("a", "c")
     missing = CELLS.assign(value=CELLS["value"].mask(CELLS["method"] == "b"))
-    assert paper.pairs(missing, claim) == []  # the best of what is not all there
+    assert claims.pairs(missing, claim) == []  # the best of what is not all there
     bound = pair_claim(better="method == 'a'", nfe="4")
-    assert [(row["afs"], other) for row, other in paper.pairs(CELLS, bound)] == [
+    assert [(row["afs"], other) for row, other in claims.pairs(CELLS, bound)] == [
         (False, None),
         (True, None),
     ]
     with pytest.raises(Exception, match="methd"):
-        paper.pairs(CELLS, pair_claim(better="methd == 'a'"))
+        claims.pairs(CELLS, pair_claim(better="methd == 'a'"))
 
 
 def test_names_take_as_few_columns_as_tell_apart():
     cells = pd.DataFrame(
         {"method": ["x", "x", "y"], "r": [0.1, 0.2, np.nan], "amed": [False, False, True]}
     )
-    assert paper._names(cells) == ["x, r = 0.1", "x, r = 0.2", "y"]
-    assert paper._names(cells.assign(method="x")) == ["r = 0.1", "r = 0.2", "x"]
-    assert paper._names(cells[:1]) == ["x"]
+    assert claims._names(cells) == ["x, r = 0.1", "x, r = 0.2", "y"]
+    assert claims._names(cells.assign(method="x")) == ["r = 0.1", "r = 0.2", "x"]
+    assert claims._names(cells[:1]) == ["x"]
 
 
 # --- statistics -----------------------------------------------------------------------------------
@@ -220,10 +228,10 @@ def test_names_take_as_few_columns_as_tell_apart():
 
 def test_holm_by_hand():
     # Sorted: 0.005 x 4, 0.01 x 3, 0.03 x 2, 0.04 x 1; the last is raised to the one before.
-    assert paper.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert paper.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
-    assert paper.holm([0.02]) == pytest.approx([0.02])
-    assert len(paper.holm([])) == 0
+    assert claims.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert claims.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert claims.holm([0.02]) == pytest.approx([0.02])
+    assert len(claims.holm([])) == 0
 
 
 def test_holm_is_the_step_down_procedure():
@@ -236,7 +244,7 @@ def test_holm_is_the_step_down_procedure():
             if p[index] >= 0.05 / (len(p) - i):
                 break
             rejected.add(int(index))
-        assert set(np.flatnonzero(paper.holm(p) < 0.05)) == rejected
+        assert set(np.flatnonzero(claims.holm(p) < 0.05)) == rejected
 
 
 def test_p_values_are_those_of_the_t_test():
@@ -274,8 +282,8 @@ def simulate(rng, differences):
     for i, true in enumerate(differences):
         noise = rng.normal(size=(2, BLOCKS))
         found = difference([sampled(PLAIN, 5 + true + noise[0])], [sampled(OTHER, 5 + noise[1])])
-        rows.append(paper._comparison(pair_claim(id="x"), f"a{i}", "b", 5, found))
-    return paper._decided(rows)
+        rows.append(claims._comparison(pair_claim(id="x"), f"a{i}", "b", 5, found))
+    return claims._decided(rows)
 
 
 def test_chance_decides_few_tables_and_planted_differences_are_found():
@@ -293,11 +301,11 @@ def test_chance_decides_few_tables_and_planted_differences_are_found():
 
 def test_one_hypothesis_of_two_claims_counts_once():
     found = Estimate(-1.0, 0.4, None, 1, 100)
-    rows = [paper._comparison(pair_claim(id=name), "a", "b", 5, found) for name in "xy"]
-    judged = paper._decided(rows)
+    rows = [claims._comparison(pair_claim(id=name), "a", "b", 5, found) for name in "xy"]
+    judged = claims._decided(rows)
     assert judged["p_holm"].tolist() == pytest.approx([found.p_value] * 2)
-    rows.append(paper._comparison(pair_claim(id="z"), "a", "c", 5, found))
-    assert paper._decided(rows)["p_holm"].tolist() == pytest.approx([2 * found.p_value] * 3)
+    rows.append(claims._comparison(pair_claim(id="z"), "a", "c", 5, found))
+    assert claims._decided(rows)["p_holm"].tolist() == pytest.approx([2 * found.p_value] * 3)
 
 
 @pytest.mark.parametrize(
@@ -317,7 +325,7 @@ def test_one_hypothesis_of_two_claims_counts_once():
 )
 def test_the_word_for_many(verdicts, word):
     words = {"+": "holds", "-": "does not hold", "?": "undecided"}
-    assert paper.overall(words[v] for v in verdicts) == word
+    assert claims.overall(words[v] for v in verdicts) == word
 
 
 # --- the noise of training ------------------------------------------------------------------------
@@ -332,15 +340,15 @@ def test_noise_is_pooled_over_the_same_kind_at_the_nearest_nfe():
     at = {n: replace(LEARNED, nfe=n) for n in (3, 5, 7, 9)}
     five = (2 * 0.03**2 + 0.04**2) / 3, 3
     for nfe, (variance, free) in {3: five, 5: five, 7: (0.1**2, 2), 9: (0.1**2, 2)}.items():
-        relative, degrees = paper.pooled_noise(NOISE, at[nfe])
+        relative, degrees = claims.pooled_noise(NOISE, at[nfe])
         assert relative == pytest.approx(np.sqrt(variance)) and degrees == free
     between = Run(solver="amed", samples=100, nfe=6, predictor={})  # as near to 5 as to 7
-    relative, degrees = paper.pooled_noise(NOISE, between)
+    relative, degrees = claims.pooled_noise(NOISE, between)
     assert relative == pytest.approx(np.sqrt((2 * 0.03**2 + 0.04**2 + 2 * 0.1**2) / 5))
     assert degrees == 5
     plugin = Run(solver="ipndm", samples=100, nfe=5, afs=True, predictor={})
-    assert paper.pooled_noise(NOISE, plugin) == (pytest.approx(0.5), 2)
-    assert paper.pooled_noise(NOISE[:3], plugin) is None
+    assert claims.pooled_noise(NOISE, plugin) == (pytest.approx(0.5), 2)
+    assert claims.pooled_noise(NOISE[:3], plugin) is None
 
 
 def test_one_training_is_given_the_pooled_noise():
@@ -358,14 +366,14 @@ def test_one_training_is_given_the_pooled_noise():
 
 
 def test_noise_is_read_from_the_store(tmp_path):
-    assert paper.training_noise([stored := paper.stored(plans.table2(nfes=[5]), tmp_path)]).empty
+    assert claims.training_noise([stored := claims.stored(plans.table2(nfes=[5]), tmp_path)]).empty
     assert not stored["result"].any()
     planned = plans.table2(names=["AMED-Solver", "iPNDM"], nfes=[5])
     values = iter([4.0, 5.0, 6.0, 7.0])
     for what in planned["run"]:
         save_result(result(what, next(values)), tmp_path)
-    measured = [paper.stored(plans.table2(nfes=[5]), tmp_path)] * 2  # two tables with one cell
-    (row,) = paper.training_noise(measured).to_dict("records")
+    measured = [claims.stored(plans.table2(nfes=[5]), tmp_path)] * 2  # two tables with one cell
+    (row,) = claims.training_noise(measured).to_dict("records")
     expected = {"plugin": False, "nfe": 5, "relative_sd": 0.2, "degrees_of_freedom": 2}
     assert row == pytest.approx(expected)
 
@@ -376,11 +384,11 @@ def test_coverage_of_pooled_noise():
         return {"result": [result(seeded(what, i), value) for i, value in enumerate(values)]}
 
     even, wild = training(5, [4.0, 4.1, 3.9]), training(7, [4.0, 4.0, 9.0])
-    assert paper.coverage([even]) == (0, 0)  # nothing to pool
+    assert claims.coverage([even]) == (0, 0)  # nothing to pool
     # The wild one says that anything goes; by the even one its two like seeds are not covered
     # (2.5 from the mean of the rest), and the third is not either.
-    assert paper.coverage([even, wild]) == (3, 6)
-    assert paper.coverage([even, training(7, [4.0, 4.1, 3.9])]) == (6, 6)
+    assert claims.coverage([even, wild]) == (3, 6)
+    assert claims.coverage([even, training(7, [4.0, 4.1, 3.9])]) == (6, 6)
 
 
 def test_other_seeds_of_a_training_count_where_they_are_stored(tmp_path):
@@ -388,11 +396,11 @@ def test_other_seeds_of_a_training_count_where_they_are_stored(tmp_path):
     mine = planned[planned["amed"] & planned["afs"] & (planned["method"] == "iPNDM")]
     what = mine["run"].iloc[0]
     measured = mine.assign(result=[result(what, 4.0)])
-    (results,) = paper._cells(measured, tmp_path)["results"]
+    (results,) = claims._cells(measured, tmp_path)["results"]
     assert len(results) == 1
     for seed in plans.SEEDS:
         save_result(result(seeded(what, seed), 4.0 + seed), tmp_path)
-    (results,) = paper._cells(measured, tmp_path)["results"]
+    (results,) = claims._cells(measured, tmp_path)["results"]
     assert [r.value for r in results] == [4.0, 5.0, 6.0]
 
 
@@ -402,7 +410,7 @@ def test_other_seeds_of_a_training_count_where_they_are_stored(tmp_path):
 def judged_claim(source, planned, value, name):
     """One claim's verdicts on made-up results; ``value`` takes a row of the plan."""
     rows = [result(row.run, value(row)) for row in planned.itertuples()]
-    judged = paper.judge(source, planned.assign(result=rows))
+    judged = claims.judge(source, planned.assign(result=rows))
     return judged[judged["id"] == name]
 
 
@@ -413,7 +421,7 @@ def test_bounds():
             **dict.fromkeys(("cumulative_variance", "cumulative_variance_sd"), [0.5, value]),
         }
         measured = planned.assign(result=[result(planned["run"][0], value, curves=curves)])
-        judged = paper.judge("figure4", measured).set_index("id")
+        judged = claims.judge("figure4", measured).set_index("id")
         assert judged.loc["plane-error", "verdict"] == word
         assert judged.loc["plane-error", "difference"] == pytest.approx(value - 0.08)
         assert judged.loc["plane-variance", "difference"] == pytest.approx(0.99 - value)
@@ -445,7 +453,7 @@ def test_a_claim_with_a_margin():
 def test_claims_about_other_data_are_left_out():
     planned = plans.table(8, nfes=[5])
     rows = [result(row.run, 5.0) for row in planned.itertuples()]
-    judged = paper.judge("table8", planned.assign(result=rows))
+    judged = claims.judge("table8", planned.assign(result=rows))
     assert judged.empty
     assert "No claim" in plotting.verdict_table(judged).to_html()
 
@@ -455,7 +463,7 @@ def test_claims_about_other_data_are_left_out():
 
 def of(name, cells=None, results_dir="no folder"):
     """Comparisons of a function, by what is better and worse: the difference."""
-    return {each[:3]: each[3].value for each in paper.TESTS[name](cells, results_dir)}
+    return {each[:3]: each[3].value for each in claims.TESTS[name](cells, results_dir)}
 
 
 def test_the_papers_tables_against_its_text():
@@ -492,7 +500,7 @@ def found_nan(found):
 
 def cells_of(planned, make):
     rows = [make(row) for row in planned.itertuples()]
-    return paper._cells(planned.assign(result=rows), "no folder")
+    return claims._cells(planned.assign(result=rows), "no folder")
 
 
 def test_degradation_is_a_ratio_of_ratios():
@@ -540,7 +548,7 @@ def test_spread_of_r():
 
 def test_costs(monkeypatch, tmp_path):
     minutes = {("grid_search", 4): 9.0, ("time_wise", 4): 1.0, ("sample_wise", 4): 25.0}
-    monkeypatch.setattr(paper, "_minutes", lambda cells, results_dir: minutes)
+    monkeypatch.setattr(claims, "_minutes", lambda cells, results_dir: minutes)
     found = of("search_minutes")
     assert found == {("time wise", "grid search", 4): -8.0, ("sample wise", "grid search", 4): 16.0}
     assert list(of("training_minutes").values()) == [5.0]
@@ -570,7 +578,7 @@ def test_the_ledger_reads_and_never_computes(tmp_path, monkeypatch):
         monkeypatch.setattr(study, name, fail)
     for name in ("run", "run_all"):
         monkeypatch.setattr(paper, name, fail)
-    ledger = paper.ledger("digits", tmp_path)
+    ledger = claims.ledger("digits", tmp_path)
     assert len(ledger) == len(CLAIMS) and not list(tmp_path.iterdir())
     run = {row["id"] for row in ledger.to_dict("records") if row["fd"]["verdict"] != "not run"}
     # What needs no results: the paper's own tables, and closed forms.
@@ -579,7 +587,7 @@ def test_the_ledger_reads_and_never_computes(tmp_path, monkeypatch):
         *("logsnr-limit", "logsnr-interval"),
     }
     assert {row["verdict"] for row in ledger["endpoint_error"]} == {"not run"}
-    assert paper.rank_agreement("digits", results_dir=tmp_path).empty
+    assert claims.rank_agreement("digits", results_dir=tmp_path).empty
     html = plotting.ledger(ledger).to_html()
     assert "– not run" in html and '<a href="table2.html">table2</a>' in html
 
@@ -590,7 +598,7 @@ def test_a_store_with_a_part_of_a_table(tmp_path):
         if row.nfe == 5 or row.method == "DDIM":
             value = {"iPNDM": 7.0, "AMED-Plugin": 4.0, "DDIM": 9.0}[row.method]
             save_result(result(row.run, value + 0.01 * (i % 3)), tmp_path)
-    ledger = paper.ledger("digits", tmp_path).set_index("id")
+    ledger = claims.ledger("digits", tmp_path).set_index("id")
     found = ledger.loc["plugin", "fd"]
     assert (found["verdict"], found["holds"], found["made"]) == ("holds", 1, 4)
     assert found["example"].startswith("AMED-Plugin − iPNDM at NFE 5: −")
@@ -602,14 +610,14 @@ def test_a_store_with_a_part_of_a_table(tmp_path):
 
 def test_verdict_tables_show_both_verdicts_and_what_is_pooled():
     rows = [
-        paper._comparison(
+        claims._comparison(
             pair_claim(id="x", sentence="A is better."), "a", f"b{i}", nfe, Estimate(-1, *error)
         )
         for i, (nfe, error) in enumerate(
             [(10, (0.3, None, 1, 100)), (9, (0.4, None, 1, 100)), (9, (0.1, 0.3, 1, 100, 2))]
         )
     ]
-    html = plotting.verdict_table(paper._decided(rows)).to_html()
+    html = plotting.verdict_table(claims._decided(rows)).to_html()
     assert "? undecided (alone ✓)" in html and "†" in html and "Holm" in html
     assert html.index("NFE 9<") < html.index("NFE 10<")
 
@@ -620,7 +628,7 @@ def test_the_order_of_methods(tmp_path):
     for nfe, sign in ((3, 1), (5, -1)):
         for row in plans.table2(nfes=[nfe]).itertuples():
             save_result(result(row.run, printed[row.method, nfe] ** sign), tmp_path)
-    found = paper.rank_agreement("digits", results_dir=tmp_path)
+    found = claims.rank_agreement("digits", results_dir=tmp_path)
     table2 = found[found["rows"] == "Table 2"].set_index("nfe")
     assert dict(table2["tau"]) == {3: pytest.approx(1), 5: pytest.approx(-1)}
     assert (table2["methods"] == 8).all()

@@ -8,7 +8,7 @@ import torch
 
 from amedlib import datasets, load_dataset
 from amedlib.datasets import DATA, load_weights
-from amedlib.denoisers.digits import DigitsClassifier
+from amedlib.denoisers.digits import DigitsClassifier, NoisyDigitsClassifier, load_digits_images
 from amedlib.sampling import make_latents, sample
 from amedlib.schedules import make_schedule
 from amedlib.solvers import make_solver
@@ -128,17 +128,21 @@ def test_a_sample_has_the_class_of_its_seed_whatever_the_batch():
 
 
 @pytest.mark.parametrize("scale", [2, 4, 8])
-def test_guidance_moves_the_conditional_denoiser(scale):
+def test_guidance_moves_the_conditional_denoiser_of_images_that_are_not_centred(scale):
+    noisy_classifier = NoisyDigitsClassifier()
+    noisy_classifier.load_state_dict(load_weights("digits_noisy_classifier.safetensors")[0])
     data, plain = load_dataset(f"digits_guidance_{scale}"), load_dataset("digits_conditional")
     assert data.guidance == scale and not data.afs
-    x = 2 * make_latents(range(4), data.shape).double().requires_grad_()
+    network, mean = plain.denoiser, load_digits_images().mean
+    x = (2 * make_latents(range(4), data.shape).double()).requires_grad_()
     t, labels = torch.tensor(2.0, dtype=torch.float64), data.labels(range(4))
-    log_p = data.denoiser.classifier(x, t).log_softmax(1)[labels.bool()].sum()
+    log_p = noisy_classifier(x - mean, t).log_softmax(1)[labels.bool()].sum()
     moved = scale * 4 * torch.autograd.grad(log_p, x)[0]
     with torch.no_grad():
-        expected = plain.denoiser(x, t, labels) + moved.float()
-        torch.testing.assert_close(data.denoiser(x, t, labels), expected, rtol=1e-4, atol=1e-4)
-    assert expected.abs().max() > 1  # which a clipped denoiser would not return
+        expected = network(x - mean, t, labels) + mean + moved.float()
+        found = data.denoiser(x, t, labels)
+    torch.testing.assert_close(found, expected.clamp(-1, 1), rtol=1e-4, atol=1e-4)
+    assert expected.abs().max() > 1  # so that the clipping is seen
 
 
 def test_fingerprints_name_all_weights(monkeypatch):

@@ -1,0 +1,796 @@
+"""The paper's claims against measured results: comparisons, verdicts, the ledger."""
+
+import json
+from dataclasses import replace
+from functools import lru_cache, partial
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from amedlib import audit, plans
+from amedlib.datasets import DATA, DATASETS, Entry, describe
+from amedlib.metrics import jackknife_error
+from amedlib.paper import costs_of_choice, estimates, paper_values, with_interval
+from amedlib.schedules import make_schedule
+from amedlib.study import (
+    RESULTS,
+    Estimate,
+    Result,
+    Run,
+    difference,
+    estimate,
+    load_result,
+)
+from amedlib.theory import paper_a, scaled_logistic
+from amedlib.training import Training
+
+# --- verdicts -----------------------------------------------------------------------------------
+
+# What a claim is tested by: `better` - `factor` x `worse` < `limit`, for all pairs of rows of the
+# plan `source` that agree in `same`; or a function of `TESTS`.
+PRINTED = [f"table{number}" for number in range(2, 14)]
+
+
+# A printed number counts as reached within this part of it.
+WITHIN = 0.05
+
+
+@lru_cache
+def claims() -> pd.DataFrame:
+    """What the paper claims, a row per claim; ``data/paper/claims.csv``.
+
+    Columns: id; kind; source (tables and figures whose runs test it); place, sentence, note;
+    datasets and nfe that it is about (separated by spaces; no nfe: all); and the test. That is
+    either ``test``, the name of a function, or a comparison: ``better`` and ``worse`` are pandas
+    queries over the columns of the plan, of which ``better_pick`` and ``worse_pick`` keep the
+    best or the worst; ``same`` lists expressions over the columns in which both must agree; and
+    better - ``factor`` x worse is claimed to be below ``limit``. Without ``worse`` that is a bound,
+    and in a claim of the kind "value" the limit is what the paper prints.
+    """
+    frame = pd.read_csv(DATA / "paper" / "claims.csv", dtype={"nfe": str})
+    text = frame.select_dtypes(exclude="number").columns
+    return frame.fillna(dict.fromkeys(text, "") | {"factor": 1.0, "limit": 0.0})
+
+
+def _measured_on(source: str, dataset: str) -> Entry:
+    """What a table is run on: a data set, or for Table 13 the same with guidance."""
+    guided = f"{dataset}_guidance_2"  # one of its scales
+    return describe(guided if source == "table13" and guided in DATASETS else dataset)
+
+
+def _is_about(claim: dict, source: str, dataset: str) -> bool:
+    """Whether a data set can test a claim: digits stand for CIFAR-10, but not for its FID."""
+    name = dataset if claim["kind"] == "value" else _measured_on(source, dataset).paper
+    return not claim["datasets"] or name in claim["datasets"].split()
+
+
+def stored(planned: pd.DataFrame, results_dir=RESULTS) -> pd.DataFrame:
+    """A plan with what the store holds: ``result`` is ``None`` where it holds none."""
+    results = [load_result(what, results_dir) for what in planned["run"]]
+    return planned.assign(result=pd.Series(results, planned.index, dtype=object))
+
+
+def training_noise(measured) -> pd.DataFrame:
+    """How much predictors of different seeds differ.
+
+    Args:
+        measured: frames with a column ``result``, such as those of ``stored_tables``.
+
+    Returns:
+        A row per training that was done with several seeds: plugin (or AMED-Solver), nfe,
+        relative_sd (standard deviation over the mean), degrees_of_freedom.
+    """
+    rows = []
+    for group in _trainings(measured):
+        values, what = [result.value for result in group], group[0].run
+        spread = np.std(values, ddof=1) / np.mean(values)
+        rows.append((what.solver != "amed", what.nfe, spread, len(values) - 1))
+    columns = ["plugin", "nfe", "relative_sd", "degrees_of_freedom"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _trainings(measured) -> list[list[Result]]:
+    """Results that differ in the training seed only, where there are several."""
+    groups: dict[str, dict[int, Result]] = {}
+    for result in (result for frame in measured for result in frame["result"]):
+        if result is not None and (predictor := result.run.predictor) is not None:
+            same = replace(result.run, predictor=predictor | {"seed": 0})
+            groups.setdefault(same.key, {})[predictor["seed"]] = result
+    return [list(group.values()) for group in groups.values() if len(group) > 1]
+
+
+def stored_tables(dataset: str, metric: str, results_dir=RESULTS) -> dict[str, pd.DataFrame]:
+    """What the store holds of Tables 2 to 9, whose trainings say how much trainings differ.
+
+    For digits with labels or guidance, trained once, those of the plain digits.
+    """
+    dataset = "digits" if dataset.startswith("digits_") else dataset
+    planned = {name: _planned(name, dataset, metric) for name in PRINTED[:8]}
+    return {name: stored(p, results_dir) for name, p in planned.items() if p is not None}
+
+
+def pooled_noise(noise: pd.DataFrame, what: Run) -> tuple[float, int] | None:
+    """Relative standard deviation over training seeds that a Run has by others, with its degrees of
+    freedom: pooled over predictors of the same kind (plugin or not) at the nearest NFE."""
+    same = noise[noise["plugin"] == (what.solver != "amed")]
+    distance = (same["nfe"] - what.nfe).abs()
+    nearest = same[distance == distance.min()]
+    if nearest.empty:
+        return None
+    weights = nearest["degrees_of_freedom"]
+    return float(np.sqrt(np.average(nearest["relative_sd"] ** 2, weights=weights))), weights.sum()
+
+
+def coverage(measured) -> tuple[int, int]:
+    """How good pooled noise is: of how many trainings it covers what the other seeds say.
+
+    Every training is left out in turn. From each of its seeds, and the noise that the other
+    trainings give it, follows a 95 % interval for the mean of its other seeds.
+
+    Args:
+        measured: as in ``training_noise``.
+
+    Returns:
+        The number of intervals that cover that mean, and the number of intervals.
+    """
+    trainings, covered = _trainings(measured), []
+    for group in trainings:
+        others = (other for other in trainings if other is not group)
+        known = pooled_noise(training_noise({"result": other} for other in others), group[0].run)
+        values = np.array([result.value for result in group])
+        n = len(values)
+        if known:
+            relative, degrees = known
+            half = stats.t.ppf(0.975, degrees) * relative * values * np.sqrt(1 + 1 / (n - 1))
+            rest = (values.sum() - values) / (n - 1)
+            covered += (np.abs(values - rest) <= half).tolist()
+    return sum(covered), len(covered)
+
+
+def holm(p_values) -> np.ndarray:
+    """P values adjusted for their number by Holm's step-down method (1979)."""
+    p = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty_like(p)
+    factors = np.arange(len(p), 0, -1)
+    adjusted[order] = np.minimum(np.maximum.accumulate(factors * p[order]), 1.0)
+    return adjusted
+
+
+def verdict(difference: float, p_value: float) -> str:
+    """Whether a difference that is claimed to be negative is so, at the 5 % level."""
+    if p_value >= 0.05:
+        return "undecided"
+    return "holds" if difference < 0 else "does not hold"
+
+
+def overall(verdicts) -> str:
+    """One word for many comparisons.
+
+    *holds* if more than half of them hold and none fails, *does not hold* if more than half fail
+    and none holds, *mixed* if some hold and some fail, *not run* if there are none, else
+    *undecided*.
+    """
+    verdicts = list(verdicts)
+    holds, fails = verdicts.count("holds"), verdicts.count("does not hold")
+    if not verdicts:
+        return "not run"
+    if holds and fails:
+        return "mixed"
+    if 2 * max(holds, fails) > len(verdicts):
+        return "holds" if holds else "does not hold"
+    return "undecided"
+
+
+_TELLING = "method loss strategy teacher r M schedule guidance afs amed".split()
+
+
+def _names(cells: pd.DataFrame) -> list[str]:
+    """What cells are called: by the fewest columns that tell them apart, apart from the NFE."""
+    columns, groups = ["method"], cells["method"].nunique()
+    for column in _TELLING[1:]:
+        if column in cells and len(cells[[*columns, column]].drop_duplicates()) > groups:
+            columns.append(column)
+            groups = len(cells[columns].drop_duplicates())
+    if len(columns) > 1 and cells["method"].nunique() == 1:
+        columns = columns[1:]
+    words = {"r": "r = {:g}", "M": "M = {:g}", "guidance": "guidance {:g}"}
+    flags = {"afs": "AFS", "amed": "AMED"}
+    names = []
+    for row, method in zip(cells[columns].to_dict("records"), cells["method"], strict=True):
+        parts = [
+            flags[name] if name in flags else words.get(name, "{}").format(value)
+            for name, value in row.items()
+            if pd.notna(value) and value is not False
+        ]
+        names.append(", ".join(parts).replace("_", " ") or method)
+    return names
+
+
+def _cells(measured: pd.DataFrame, results_dir) -> pd.DataFrame:
+    """A row per cell of a table: its columns, name, results over training seeds, mean value.
+
+    Where a table is run with one seed, but others are in the store for another table, all count.
+    """
+    keys = [name for name in measured if name not in ("run", "result", "paper")]
+    rows = []
+    for key, group in measured.groupby(keys, sort=False, dropna=False):
+        results = [result for result in group["result"] if result is not None]
+        if len(results) == 1 and results[0].run.predictor is not None:
+            what = results[0].run
+            seeds = [what.predictor | {"seed": n} for n in plans.SEEDS]
+            more = (load_result(replace(what, predictor=each), results_dir) for each in seeds)
+            results = [result for result in more if result is not None] or results
+        value = np.mean([result.value for result in results]) if results else np.nan
+        rows.append(dict(zip(keys, key, strict=True)) | {"results": results, "value": value})
+    cells = pd.DataFrame(rows)
+    return cells.assign(name=_names(cells))
+
+
+def pairs(cells: pd.DataFrame, claim: dict) -> list[tuple[dict, dict | None]]:
+    """The comparisons of a claim: rows of ``cells`` that it calls better, each with a worse one.
+
+    Of "best" and "worst" there is none where a value is missing.
+    """
+    if claim["nfe"]:
+        cells = cells[cells["nfe"].isin([int(n) for n in claim["nfe"].split()])]
+    sides = []
+    for side in ("better", "worse"):
+        rows = cells.query(claim[side], engine="python") if claim[side] else cells[:0]
+        by = [rows.eval(name, engine="python").tolist() for name in claim["same"].split()]
+        groups: dict[tuple, list[dict]] = {}
+        for i, row in enumerate(rows.to_dict("records")):
+            groups.setdefault(tuple(values[i] for values in by), []).append(row)
+        if pick := claim[f"{side}_pick"]:
+            chosen = {"best": min, "worst": max}[pick]
+            groups = {
+                key: [chosen(some, key=lambda row: row["value"])]
+                for key, some in groups.items()
+                if all(np.isfinite(row["value"]) for row in some)
+            }
+        sides.append(groups)
+    better, worse = sides
+    if not claim["worse"]:
+        return [(a, None) for some in better.values() for a in some]
+    return [(a, b) for key, some in better.items() for a in some for b in worse.get(key, [])]
+
+
+def _value(claim: dict, better: dict, worse: dict | None) -> float:
+    return better["value"] - (claim["factor"] * worse["value"] if worse else 0.0)
+
+
+def printed(source: str, claim: dict) -> list[float]:
+    """The differences of a claim in one of the paper's tables, less what they should be below."""
+    frame = plans.published(source)
+    frame = frame[(frame["unit"] == "FID") & frame["dataset"].isin(claim["datasets"].split())]
+    if source == "table2":  # where it says in brackets what the plugin is on
+        frame = frame.assign(method=frame["method"].str.replace(r" \(.*\)$", "", regex=True))
+    found = []
+    for _, cells in frame.groupby("dataset", sort=False):
+        found += [_value(claim, *pair) for pair in pairs(cells, claim)]
+    return found
+
+
+def _limit(claim: dict, source: str, dataset: str) -> float:
+    """What a claim's difference should be below; in a claim of the kind "value" near the print."""
+    if claim["kind"] != "value":
+        return claim["limit"]
+    (value,) = printed(source, claim | {"datasets": dataset})
+    return value + WITHIN * abs(value)
+
+
+def judge(source: str, measured: pd.DataFrame, results_dir=RESULTS, noise=None) -> pd.DataFrame:
+    """The claims about a table or figure against measured results.
+
+    Args:
+        measured: of the plan of ``source``; from ``measure`` or ``stored``.
+        results_dir: where other trainings are looked up for predictors that were trained once.
+        noise: of ``training_noise``; found there unless given.
+
+    Returns:
+        A row per comparison that was measured: the claim's columns with the names of what is
+        ``better`` and ``worse`` and one ``nfe``; ``difference`` (claimed to be negative), low, high
+        (95 % interval), p_value, ``uncorrected`` (the verdict of that interval alone), p_holm,
+        ``verdict`` (corrected for the number of rows by Holm's method), ``pooled`` (whether the
+        noise of training is that of other predictors). Claims about other data are left out, and so
+        are those of the kind "setting", which the ledger tests.
+    """
+    results = [result for result in measured["result"] if result is not None]
+    rows = []
+    if results:
+        first, cells = results[0].run, _cells(measured, results_dir)
+        once = any(len(some) == 1 and some[0].run.predictor for some in cells["results"])
+        if once and noise is None:
+            tables = stored_tables(first.dataset, first.metric, results_dir)
+            noise = training_noise(tables.values())
+        pooled = partial(pooled_noise, noise) if once else None
+        for claim in claims().to_dict("records"):
+            if (
+                source in claim["source"].split()
+                and claim["kind"] != "setting"
+                and _is_about(claim, source, first.dataset)
+            ):
+                rows += _judged(claim, source, cells, pooled, results_dir)
+    return _decided(rows)
+
+
+def _decided(rows: list[dict]) -> pd.DataFrame:
+    """Comparisons with their verdicts, corrected for the number of them."""
+    columns = [*claims().columns, "difference", "low", "high", "p_value", "pooled"]
+    judged = pd.DataFrame(rows, columns=columns)
+    # What two claims compare alike is one hypothesis.
+    alike = judged.groupby(["better", "worse", "nfe", "p_value"], dropna=False, sort=False)
+    first = judged[~alike.cumcount().astype(bool)].index
+    judged["p_holm"] = holm(judged.loc[first, "p_value"])[alike.ngroup()]
+    for name, p in (("uncorrected", "p_value"), ("verdict", "p_holm")):
+        judged[name] = [verdict(*row) for row in zip(judged["difference"], judged[p], strict=True)]
+    return judged
+
+
+def _judged(claim, source, cells, noise, results_dir) -> list[dict]:
+    """The comparisons of one claim, as rows."""
+    if claim["test"]:
+        found = TESTS[claim["test"]](cells, results_dir)
+        return [_comparison(claim, *each) for each in found]
+    rows = []
+    for better, worse in pairs(cells, claim):
+        if not better["results"] or (worse and not worse["results"]):
+            continue
+        limit = _limit(claim, source, better["results"][0].run.dataset)
+        if worse is None:
+            found, other = estimate(better["results"], noise), f"{limit:.3g}"
+        else:
+            found = difference(better["results"], worse["results"], claim["factor"], noise)
+            times = "" if claim["factor"] == 1 else f"{claim['factor']:g} × "
+            other = times + worse["name"] + (f" − {limit:.3g}" if limit else "")
+        found = replace(found, value=found.value - limit)
+        rows.append(_comparison(claim, better["name"], other, better["nfe"], found))
+    return rows
+
+
+def _comparison(claim: dict, better: str, worse: str, nfe, found: Estimate) -> dict:
+    low, high = found.interval
+    return claim | {
+        "better": better,
+        "worse": worse,
+        "nfe": nfe,
+        "difference": found.value,
+        "low": low,
+        "high": high,
+        "p_value": found.p_value,
+        "pooled": found.pooled is not None,
+    }
+
+
+# --- claims that are no comparison of two cells ---------------------------------------------------
+#
+# Each function takes the cells of its source and the folder of results, and returns comparisons:
+# what is better, what is worse, NFE, and the Estimate of a difference that is claimed to be
+# negative.
+
+
+def _exact(value: float) -> Estimate:
+    """A difference that has no sampling error."""
+    return Estimate(float(value), 0.0, None, 1, 0)
+
+
+def _fact(true: bool) -> Estimate:
+    return _exact(-1.0 if true else 1.0)
+
+
+def _measured(cells: pd.DataFrame) -> list[dict]:
+    return [row for row in cells.to_dict("records") if row["results"]]
+
+
+def _degradation(cells, results_dir):
+    """FID at the least NFE over that at the most: of single-step solvers above multistep ones."""
+
+    def growth(method):
+        few, many = (rows[method, nfe][0] for nfe in ends)
+        ratio = np.array([few.value, *few.replicates]) / [many.value, *many.replicates]
+        return ratio
+
+    rows = {(row["method"], row["nfe"]): row["results"] for row in _measured(cells)}
+    ends = min(cells["nfe"]), max(cells["nfe"])
+    found = []
+    for single in ("DPM-Solver-2", "EDM"):
+        for multi in ("DPM-Solver++(3M)", "UniPC", "iPNDM"):
+            if all((method, nfe) in rows for method in (single, multi) for nfe in ends):
+                value, *replicates = growth(multi) - growth(single)
+                samples = rows[single, ends[0]][0].run.samples
+                each = Estimate(value, jackknife_error(replicates), None, 1, samples)
+                found.append((f"growth of {multi}", f"of {single}", np.nan, each))
+    return found
+
+
+def _plane_variance(cells, results_dir):
+    """Two components explain more than 99 % of the variance along a trajectory."""
+    found = []
+    for row in _measured(cells):
+        curves, n = row["results"][0].curves, row["results"][0].run.samples
+        share, sd = (curves[name][1] for name in ("cumulative_variance", "cumulative_variance_sd"))
+        each = Estimate(0.99 - share, sd / np.sqrt(n), None, 1, n)
+        found.append(("0.99", "share of two components", np.nan, each))
+    return found
+
+
+def _plane_bound(cells, results_dir):
+    """The distance from the plane is below f(t) of Eq. 16, at the t where it exceeds it most."""
+    found = []
+    for row in _measured(cells):
+        result = row["results"][0]
+        curves, n = result.curves, result.run.samples
+        t, a = np.array(curves["t"]), paper_a(describe(result.run.dataset).shape)
+        excess = np.array(curves["deviation"]) - scaled_logistic(t, a)
+        worst = int(excess.argmax())
+        error = curves["deviation_sd"][worst] / np.sqrt(n)
+        each = Estimate(float(excess[worst]), error, None, 1, n)
+        found.append(("distance from the plane", f"f(t) at t = {t[worst]:.3g}", np.nan, each))
+    return found
+
+
+def _alignment(cells, results_dir):
+    """The searched r ends every step nearer to the solution than r = 0.5."""
+    return [
+        (f"{row['name']}, step {i}, searched r", "r = 0.5", np.nan, _exact(searched - baseline))
+        for row in _measured(cells)
+        for curves in [row["results"][0].curves]
+        for i, (searched, baseline) in enumerate(
+            zip(curves["searched"], curves["baseline"], strict=True), 1
+        )
+    ]
+
+
+def _of_two_stage(cells, statistic):
+    curves = {row["method"]: row["results"][0].curves for row in _measured(cells)}
+    names = ("AMED-Solver", "DPM-Solver-2")
+    if not all(name in curves for name in names):
+        return []
+    return [(*names, np.nan, _exact(np.subtract(*(statistic(curves[name]) for name in names))))]
+
+
+def _end_alignment(cells, results_dir):
+    """Distance to the solution at the end, with searched r: AMED-Solver, DPM-Solver-2."""
+    return _of_two_stage(cells, lambda curves: curves["searched"][-1])
+
+
+def _stable_r(cells, results_dir):
+    """Standard deviation over the steps of the searched r: AMED-Solver, DPM-Solver-2."""
+    return _of_two_stage(cells, lambda curves: np.std(curves["r"]))
+
+
+def _spread_of_r(cells, results_dir):
+    """The standard deviation of r between samples is below a tenth of r, at every step."""
+    found = []
+    for row in _measured(cells):
+        if row["method"] != "AMED-Solver":
+            continue
+        ratios = [np.max(np.divide(r.curves["r_sd"], r.curves["r"])) for r in row["results"]]
+        n, seeds = row["results"][0].run.samples, len(ratios)
+        sampling = np.mean(ratios) / np.sqrt(2 * (n - 1))  # of a normal standard deviation
+        training = np.std(ratios, ddof=1) / np.sqrt(seeds) if seeds > 1 else np.nan
+        each = Estimate(float(np.mean(ratios)) - 0.1, sampling, training, seeds, n)
+        found.append(("sd / mean of r", "0.1", row["nfe"], each))
+    return found
+
+
+def _minutes(cells, results_dir):
+    measured = cells.explode("results").rename(columns={"results": "result"})
+    measured = measured.dropna(subset="result")
+    if measured.empty:
+        return {}
+    costs = costs_of_choice(measured, results_dir)["minutes"]
+    return {(strategy, nfe): row[nfe] for strategy, row in costs.iterrows() for nfe in costs}
+
+
+def _search_minutes(cells, results_dir):
+    """Minutes to learn r against those to search it."""
+    minutes = _minutes(cells, results_dir)
+    return [
+        (strategy.replace("_", " "), "grid search", nfe, _exact(value - searched))
+        for (strategy, nfe), value in minutes.items()
+        for searched in [minutes.get(("grid_search", nfe), np.nan)]
+        if strategy != "grid_search" and np.isfinite(value - searched)
+    ]
+
+
+def _training_minutes(cells, results_dir):
+    """Training takes 20 minutes at most."""
+    return [
+        ("minutes of training", "20", nfe, _exact(value - 20))
+        for (strategy, nfe), value in _minutes(cells, results_dir).items()
+        if strategy == "sample_wise" and np.isfinite(value)
+    ]
+
+
+def _overhead(cells, results_dir):
+    """The predictor adds less than 5 % of the time of sampling; from the benchmarks."""
+    path = Path(results_dir) / "benchmarks.json"
+    if not path.is_file():
+        return []
+    timed = pd.DataFrame(json.loads(path.read_text())["sampling"])
+    share = "outside the network, %"
+    shares = timed.pivot_table(index="solver", columns="intermediate", values=share)
+    return [
+        (f"predictor on {solver}, % of time", "5", np.nan, _exact(added - 5))
+        for solver, added in (shares["predictor"] - shares["none"]).dropna().items()
+    ]
+
+
+def _counted(cells, results_dir):
+    """Every method makes as many evaluations as are asked for, those with a learned step too."""
+    return [
+        (row["name"], "evaluations asked for", row["nfe"], _fact(found == {row["nfe"]}))
+        for row in _measured(cells)
+        for found in [{result.nfe for result in row["results"]}]
+    ]
+
+
+def _limit_of_schedules(cells, results_dir):
+    """The distance of the polynomial schedule to logSNR falls as 1 / rho."""
+    logsnr = make_schedule("logsnr", 6)
+    far = {
+        rho: float((make_schedule("polynomial", 6, rho=rho) / logsnr - 1).abs().max())
+        for rho in (1e2, 1e3, 1e4)
+    }
+    return [
+        (f"10 × distance at rho = {10 * rho:g}", f"1.1 × at {rho:g}", np.nan, _exact(each))
+        for rho in (1e2, 1e3)
+        for each in [10 * far[10 * rho] - 1.1 * far[rho]]
+    ]
+
+
+def _first_interval(cells, results_dir):
+    """The first interval of sampling is longer on logSNR than on the other schedules."""
+    found = []
+    for points in range(4, 11):
+        first = {
+            name: float(times[0] - times[1])
+            for name in plans.SCHEDULES
+            for times in [make_schedule(name, points)]
+        }
+        for other in ("polynomial", "time_uniform"):
+            each = _exact(first[other] - first["logsnr"])
+            found.append((f"{other.replace('_', ' ')}, N = {points}", "logsnr", np.nan, each))
+    return found
+
+
+def _headline_rows(cells, results_dir):
+    """At five evaluations AMED-Plugin is the paper's best on the data sets of its abstract."""
+    frame = plans.published("table2")
+    named = frame["dataset"].isin(("cifar10", "imagenet64", "lsun_bedroom"))
+    frame = frame[(frame["nfe"] == 5) & named]
+    best = frame.loc[frame.groupby("dataset")["value"].idxmin()]
+    return [
+        (row.method, f"best of {row.dataset}", 5, _fact(row.method == "AMED-Plugin (iPNDM)"))
+        for row in best.itertuples()
+    ]
+
+
+def _one_teacher(cells, results_dir):
+    """AMED-Solver's numbers of Table 2 are those of one teacher of Table 4, DPM-Solver-2."""
+    found = audit.best_of_ablation(audit.cells()).query("table == 2 and ablation == 4")
+    return [
+        (f"teacher {row.choice}", "DPM-Solver-2", row.nfe, _fact(row.choice == "DPM-Solver-2"))
+        for row in found[found["choice"] != ""].itertuples()
+    ]
+
+
+def _teacher_evaluations(cells, results_dir):
+    """A teacher makes more evaluations than its student: with M = 1 and 2, with AFS and without."""
+    found = []
+    for method in (plans.METHODS[name] for name in ("DPM-Solver++(3M)", "iPNDM", "AMED-Solver")):
+        for m, afs in product((1, 2), (True, False)):
+            config = Training(method.solver, method.options, num_steps=4, afs=afs, m=m)
+            calls = 2 if config.teacher_solver().single_step else 1
+            student = 2 * (config.num_steps - 1) - afs
+            teacher = calls * (len(config.teacher_times()) - 1)
+            name = f"student {method.solver}" + ", AFS" * afs
+            found.append((name, f"teacher, M = {m}", student, _fact(student < teacher)))
+    return found
+
+
+def _printed_twice(cells, results_dir):
+    """Numbers that the paper prints in two tables for one experiment are equal."""
+    return [
+        (
+            f"{row.dataset}, {row.row}, Table {row.table_a}",
+            f"Table {row.table_b}",
+            row.nfe,
+            _fact(row.difference == 0),
+        )
+        for row in audit.pairs(audit.cells()).itertuples()
+    ]
+
+
+TESTS = {
+    "degradation": _degradation,
+    "plane_variance": _plane_variance,
+    "plane_bound": _plane_bound,
+    "alignment": _alignment,
+    "end_alignment": _end_alignment,
+    "stable_r": _stable_r,
+    "spread_of_r": _spread_of_r,
+    "search_minutes": _search_minutes,
+    "training_minutes": _training_minutes,
+    "overhead": _overhead,
+    "counted": _counted,
+    "limit_of_schedules": _limit_of_schedules,
+    "first_interval": _first_interval,
+    "headline_rows": _headline_rows,
+    "one_teacher": _one_teacher,
+    "teacher_evaluations": _teacher_evaluations,
+    "printed_twice": _printed_twice,
+}
+
+
+# --- the ledger -----------------------------------------------------------------------------------
+
+METRICS = ("fd", "endpoint_error")
+
+
+def _source(claim: dict, dataset: str) -> str:
+    """Of a claim's tables the one that the paper prints for a data set, else the first."""
+    sources = claim["source"].split()
+    for name in sources:
+        if name in PRINTED and _measured_on(name, dataset).paper in set(
+            plans.published(name)["dataset"]
+        ):
+            return name
+    return sources[0]
+
+
+def _planned(source: str, dataset: str, metric: str) -> pd.DataFrame | None:
+    """The plan of a table or figure; ``None`` where there is none for this metric."""
+    if metric not in _measured_on(source, dataset).metrics:
+        return None
+    if source in ("table2", "figure8"):
+        return getattr(plans, source)(dataset, metric=metric)
+    if source in PRINTED:
+        return plans.table(int(source.removeprefix("table")), dataset, metric=metric)
+    own = {name: name for name in ("table1", "figure4", "figure5", "figure7")}
+    own["figure10"] = "figure4"  # the same trajectories
+    if source in own and metric == METRICS[0]:
+        return getattr(plans, own[source])(dataset)
+    return None
+
+
+def in_print(claim: dict) -> str:
+    """What the paper's own tables say of a claim: in how many of its comparisons it holds."""
+    sources = [name for name in claim["source"].split() if name in PRINTED]
+    if claim["source"].startswith("figure"):
+        return "figure"
+    if claim["test"] or not claim["better"] or not sources:
+        return "–"
+    found = np.array([value for source in sources for value in printed(source, claim)])
+    if claim["kind"] == "value":
+        return ", ".join(f"{value:.4g}" for value in np.abs(found))
+    ties = int((found == claim["limit"]).sum())
+    text = f"{int((found < claim['limit']).sum())} of {len(found)}"
+    return text + (f", {ties} as good" if ties else "")
+
+
+def _representative(found: pd.DataFrame) -> str:
+    """The least favourable comparison among those nearest five evaluations."""
+    away = (found["nfe"] - 5).abs()
+    row = found[away.isna() | (away == away.min())].nlargest(1, "difference").iloc[0]
+    half = (row["high"] - row["low"]) / 2
+    at = f" at NFE {row['nfe']:.0f}" if pd.notna(row["nfe"]) else ""
+    mark = " †" if row["pooled"] else ""
+    return f"{row['better']} − {row['worse']}{at}: {with_interval(row['difference'], half)}{mark}"
+
+
+def _outcome(claim: dict, found: pd.DataFrame, made: int) -> dict:
+    counts = found["verdict"].value_counts()
+    shown = not found.empty and claim["kind"] != "setting"
+    return {
+        "verdict": overall(found["verdict"]),
+        "holds": counts.get("holds", 0),
+        "fails": counts.get("does not hold", 0),
+        "undecided": counts.get("undecided", 0),
+        "uncorrected": overall(found["uncorrected"]),
+        "made": made,
+        "example": _representative(found) if shown else "",
+    }
+
+
+def ledger(dataset: str = "digits", results_dir=RESULTS) -> pd.DataFrame:
+    """Every claim of the paper with what the stored results of a data set say. Computes no Run.
+
+    Returns:
+        A row per claim: id, kind, place, sentence, note; source (its table or figure here);
+        ``in_print`` (what the paper's tables say); and for each metric a dict ``fd``,
+        ``endpoint_error``: verdict (``overall``, after Holm), uncorrected, the numbers of
+        comparisons that hold, fail, are undecided and are made in all, run or not, and an example.
+        Without a test, or without results, the verdict is "not run".
+    """
+    tables = {metric: stored_tables(dataset, metric, results_dir) for metric in METRICS}
+    noise = {metric: training_noise(frames.values()) for metric, frames in tables.items()}
+    known: dict[tuple, tuple] = {}
+
+    def tested(claim, source, metric):
+        """The claim's comparisons, and how many it makes in all."""
+        of_samples = claim["kind"] in ("quality", "value")
+        if not _is_about(claim, source, dataset) or (metric != METRICS[0] and not of_samples):
+            return _decided([]), 0
+        if (source, metric) not in known:
+            measured = tables[metric].get(source)
+            if measured is None and (planned := _planned(source, dataset, metric)) is not None:
+                measured = stored(planned, results_dir)
+            known[source, metric] = None, None
+            if measured is not None:
+                judged = judge(source, measured, results_dir, noise[metric])
+                known[source, metric] = _cells(measured, results_dir), judged
+        cells, judged = known[source, metric]
+        if claim["test"] and (cells is None or claim["kind"] == "setting"):
+            found = TESTS[claim["test"]](cells, results_dir)
+            judged = _decided([_comparison(claim, *each) for each in found])
+        if judged is None:
+            return _decided([]), 0
+        found = judged[judged["id"] == claim["id"]]
+        if claim["test"]:
+            return found, len(found)
+        if source in PRINTED:
+            return found, len(
+                printed(source, claim | {"datasets": _measured_on(source, dataset).paper})
+            )
+        return found, len(pairs(cells.assign(value=0.0), claim))
+
+    rows = []
+    for claim in claims().to_dict("records"):
+        row = claim | {"source": _source(claim, dataset), "in_print": in_print(claim)}
+        for metric in METRICS:
+            row[metric] = _outcome(claim, *tested(claim, row["source"], metric))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def to_run(dataset: str) -> pd.DataFrame:
+    """What would test the claims on the paper's other data sets.
+
+    Returns:
+        A row per data set and notebook: data set, command, claims (their ids).
+    """
+    tests = [
+        {"data set": name, "source": _source(claim, name), "claims": claim["id"]}
+        for claim in claims().to_dict("records")
+        for name in claim["datasets"].split()
+        if name != dataset and (claim["better"] or claim["test"])
+    ]
+    frame = pd.DataFrame(tests).groupby(["data set", "source"])["claims"].agg(", ".join)
+    frame = frame.reset_index()
+    command = "papermill notebooks/{}.ipynb out.ipynb -p dataset {} -p device cuda".format
+    frame["command"] = [command(*row) for row in frame[["source", "data set"]].to_numpy()]
+    return frame[["data set", "command", "claims"]]
+
+
+def rank_agreement(dataset: str, metric: str = "fd", results_dir=RESULTS) -> pd.DataFrame:
+    """Whether methods come in the same order here and in the paper: Kendall's tau per NFE.
+
+    Returns:
+        Columns rows (which of the paper's tables), nfe, methods (their number), tau, p_value (of
+        no association; exact).
+    """
+    theirs = describe(dataset).paper
+    table2 = stored(plans.table2(dataset, metric=metric), results_dir)
+    frames = {"Table 2": (table2, paper_values("table2", theirs))}
+    for number in (9, 10):
+        if theirs in set(plans.published(f"table{number}")["dataset"]):
+            plain = plans.table(number, dataset, metric=metric)
+            plain = stored(plain[~(plain["afs"] | plain["amed"])], results_dir)
+            published = plain[["method", "nfe", "paper"]].drop_duplicates()
+            frames[f"Table {number}, neither AFS nor AMED"] = plain, published
+    rows = []
+    for label, (measured, published) in frames.items():
+        measured = measured.dropna(subset="result")
+        if measured.empty:
+            continue
+        both = estimates(measured).merge(published, on=["method", "nfe"])
+        for nfe, group in both.groupby("nfe"):
+            if len(group) > 2:
+                tau, p = stats.kendalltau(group["value"], group["paper"])
+                rows.append((label, nfe, len(group), tau, p))
+    return pd.DataFrame(rows, columns=["rows", "nfe", "methods", "tau", "p_value"])

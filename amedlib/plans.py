@@ -433,12 +433,26 @@ QUESTIONS = {
     "images": Question(
         {f"{count:,} images": {"images": count} for count in (10_000, 2048, 512, 128)}
     ),
+    # The two differences between the recipes that can be crossed; the schedule is in `release`.
+    "recipe": Question(
+        {
+            "as the text": {},
+            "network of the release": {"form": "release"},
+            "start of the release": {"start": "teacher"},
+            "both": {"form": "release", "start": "teacher"},
+        },
+        names=("AMED-Solver",),
+    ),
     "transfer": Question(
         # 5 NFE have four time points.
         {"trained at this NFE": {}, "trained at 5 NFE": {"num_steps": 4}},
         nfes=(3, 7, 9),
     ),
 }
+
+
+# How often the AMED rows are trained where the luck of a training is asked for.
+TRAININGS = 5
 
 
 def beyond(
@@ -472,6 +486,7 @@ def beyond_all(dataset: str = "digits") -> list[pd.DataFrame]:
         how = {"n_samples": n_samples, "metric": metric}
         asked = QUESTIONS if metric != "learned_r" else ("objective", "greedy", "transfer")
         found += [beyond(question, dataset, **how) for question in asked]
+        found.append(table2(dataset, LEARNED, (5, 7), range(TRAININGS), **how))
     return found
 
 

@@ -85,7 +85,12 @@ def _axis_of_nfe(axes, nfes):
 
 
 def _log_scale(axes):
+    """A logarithmic y axis, called when everything is drawn; with labels within a decade too."""
     axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(
+        LogLocator(subs=(1.0,) if high > 30 * low else (1, 1.5, 2, 3, 5, 7))
+    )
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
 
@@ -204,38 +209,34 @@ def _row_names(frame, number):
 def cells_table(number: int, measured: pd.DataFrame, unit: str):
     """One of Tables 3 to 13: ours with its 95 % interval, the paper's number beside it.
 
+    At more than four NFE the paper's number stands below ours, in small print.
+
     Args:
         measured: columns ``plans.KEY``, ``paper`` and ``result``.
         unit: what ours is called, in the heading.
     """
     keys = [*ROWS[number], "nfe", "paper"]
-    found = estimates(_row_names(measured, number), by=keys)
-    found["ours"] = [with_interval(r.value, r.half) for r in found.itertuples()]
-    found["paper"] = found["paper"].map("{:.4g}".format)
-    best = found.loc[found.groupby("nfe")["value"].idxmin()]
-    cells = found.melt([*ROWS[number], "nfe"], ["ours", "paper"], "whose", "cell")
-    cells["whose"] = cells["whose"].replace("ours", unit)
-    cells["nfe"] = "NFE " + cells["nfe"].astype(str)
-    frame = cells.pivot_table(
-        index=ROWS[number],
-        columns=["nfe", "whose"],
-        values="cell",
-        aggfunc="first",
-        sort=False,
-    )
-    order = [
-        (f"NFE {nfe}", who) for nfe in sorted(found["nfe"].unique()) for who in (unit, "paper")
-    ]
-    frame = frame[order].fillna("–")
-    bold = pd.DataFrame("", frame.index, frame.columns)
-    for _, row in best.iterrows():
-        names = tuple(row[name] for name in ROWS[number])
-        bold.loc[names if len(names) > 1 else names[0], (f"NFE {row['nfe']}", unit)] = (
-            "font-weight: bold"
-        )
-    frame.index.names = [None] * len(ROWS[number])
-    frame.columns.names = [None, None]
-    return frame.style.apply(lambda _: bold, axis=None)
+    found = estimates(_row_names(measured, number), by=keys).sort_values("nfe", kind="stable")
+    best = found.groupby("nfe")["value"].idxmin()
+    ours = [with_interval(row.value, row.half) for row in found.itertuples()]
+    theirs = found["paper"].map("{:.4g}".format)
+    if found["nfe"].nunique() > 4:
+        columns = {unit: [f"{a}<br><small>{b}</small>" for a, b in zip(ours, theirs, strict=True)]}
+    else:
+        columns = {unit: ours, "paper": theirs}
+    found = found.assign(**columns, nfe="NFE " + found["nfe"].astype(str))
+    order = [(nfe, whose) for nfe in found["nfe"].unique() for whose in columns]
+    shape = {"index": ROWS[number], "columns": "nfe", "sort": False, "aggfunc": "first"}
+    frame = found.pivot_table(values=list(columns), **shape).swaplevel(axis=1)[order]
+    bold = found.assign(**dict.fromkeys(columns, "")).astype(dict.fromkeys(columns, object))
+    bold.loc[best, unit] = "font-weight: bold"
+    bold = bold.pivot_table(values=list(columns), **shape).swaplevel(axis=1)[order]
+    frame, bold = (each.reindex(frame.index) for each in (frame, bold))
+    if len(columns) == 1:
+        frame, bold = (each.droplevel(1, axis=1) for each in (frame, bold))
+    frame.index.names = bold.index.names = [None] * len(ROWS[number])
+    frame.columns.names = bold.columns.names = [None] * frame.columns.nlevels
+    return frame.fillna("–").style.apply(lambda _: bold.fillna(""), axis=None)
 
 
 def cells_caption(number: int, dataset: str, measured: pd.DataFrame) -> None:
@@ -249,11 +250,11 @@ def cells_caption(number: int, dataset: str, measured: pd.DataFrame) -> None:
     seeds = {nfe: len({r.predictor["seed"] for r in runs if r.nfe == nfe}) for nfe in measured.nfe}
     trained = ", ".join(f"{n} at NFE {nfe}" for nfe, n in sorted(seeds.items()) if n)
     one = " With one training its noise is not in the interval." if 1 in seeds.values() else ""
-    theirs = plans.published(f"table{number}")["dataset"].iloc[0]
+    theirs = describe(plans.published(f"table{number}")["dataset"].iloc[0]).title
     caption(
         f"Table {number} on {data.title}: {what}, lower is better, with 95 % intervals; best of "
-        f"ours in bold. Trainings of learned steps: {trained or 'none'}.{one} Beside them the "
-        f"paper's FID on {theirs}."
+        f"ours in bold. Trainings of learned steps: {trained or 'none'}.{one} Beside or "
+        f"below them the paper's FID on {theirs}."
     )
 
 
@@ -267,7 +268,7 @@ def not_run(number: int, dataset: str, on: str):
     frame.index.names = [None] * len(ROWS[number])
     frame.columns.name = None
     display(frame.style.format("{:.4g}", na_rep="–"))
-    theirs = rows["dataset"].iloc[0]
+    theirs = describe(rows["dataset"].iloc[0]).title
     caption(
         f"Table {number}: the paper's FID on {theirs}. Not run on {describe(dataset).title}; to "
         f"run it: `papermill notebooks/table{number}.ipynb out.ipynb -p dataset {on}`"
@@ -388,7 +389,7 @@ def verdict_table(judged: pd.DataFrame):
     """Claims with the difference that tests them: rows comparisons, columns NFE.
 
     Args:
-        judged: of ``paper.judge``.
+        judged: of ``claims.judge``.
     """
     if judged.empty:
         return _with_caption(judged[[]], "No claim of the paper about this table can be tested.")
@@ -423,7 +424,7 @@ def ledger(claims: pd.DataFrame):
     """The ledger: a claim per row with its mark here and in the paper, and where the evidence is.
 
     Args:
-        claims: rows of ``paper.ledger``.
+        claims: rows of ``claims.ledger``.
     """
 
     def outcome(found):

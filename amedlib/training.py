@@ -510,9 +510,9 @@ def train(
     """Train a predictor, or load it if ``path`` holds it; an interrupted training goes on.
 
     Every 20 batches the state is kept in ``path`` with the suffix ``.partial``. The result is a
-    safetensors file with the weights, the log [batches, N-1, 3] (for every step the loss that its r
-    was trained on, mean and standard deviation of r over the batch), the seconds of training and
-    the configuration. Arguments as in ``Trainer``.
+    safetensors file with the weights, the log of the last ten batches [10, N-1, 3] (for every step
+    the loss that its r was trained on, mean and standard deviation of r over the batch), the
+    seconds of training and the configuration. Arguments as in ``Trainer``.
     """
     path = Path(path)
     if path.is_file():
@@ -539,11 +539,14 @@ def train(
     return trainer.predictor.eval()
 
 
+LOGGED = 10  # batches whose log is kept with a predictor: how training ended
+
+
 def save_predictor(path: Path, trainer: Trainer) -> None:
     """Write a trained predictor with its log, the seconds it took and its full configuration."""
     predictor = trainer.predictor
     tensors = {f"predictor/{k}": v for k, v in predictor.state_dict().items()}
-    tensors["log"] = torch.tensor(trainer.log, dtype=torch.float32)
+    tensors["log"] = torch.tensor(trainer.log[-LOGGED:], dtype=torch.float32)
     metadata = {
         "training": json.dumps(asdict(trainer.config)),
         "bottleneck_size": json.dumps(predictor.bottleneck_size),

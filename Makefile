@@ -6,6 +6,10 @@ INSTALLED := .venv/installed
 BIN_PAPER := .venv-paper/bin
 INSTALLED_PAPER := .venv-paper/installed
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+# whose models `make models` trains, and with which script
+DATASET ?= digits
+MODELS_digits := train.py
+MODELS_cifar10_small := train_cifar10.py
 
 # Small networks on a CPU: without these, glibc gives the memory of every layer back to the system
 # and takes it again, and threads that wait keep the others from working.
@@ -27,8 +31,9 @@ test: $(INSTALLED)  ## run the tests
 test-paper: $(INSTALLED_PAPER)  ## the tests of FID, LPIPS and latent models, in .venv-paper
 	$(BIN_PAPER)/python -m pytest tests/paper
 
-models: $(INSTALLED)  ## train the embedded models again, from nothing
-	$(BIN)/python data/models/train.py
+models: $(INSTALLED)  ## train the embedded models again; on a GPU DATASET=cifar10_small
+	$(BIN)/python data/models/$(or $(MODELS_$(DATASET)),$(error DATASET must be digits or \
+	  cifar10_small; $(DATASET) was given))
 
 reproduce: $(INSTALLED)  ## compute every shipped result again and compare
 	$(BIN)/python -m amedlib.reproduce digits

@@ -12,6 +12,7 @@ import torch
 from amedlib.assets import ASSETS, cache_folder, fetch, fingerprint
 from amedlib.checks import one_of
 from amedlib.denoisers import adm, edm, latent
+from amedlib.denoisers.cifar10 import Cifar10Classifier, moments_from_tensors, scaled
 from amedlib.denoisers.digits import (
     DigitsClassifier,
     NoisyDigitsClassifier,
@@ -101,6 +102,8 @@ class Dataset(Entry):
         fingerprint: hash of the weights.
         labels: seeds to what the denoiser gets as labels, one per seed; ``None``: nothing.
         real_images: images of the reference part [n, C, H, W] in [-1, 1], where they are at hand.
+        held_out: by metric, moments of blocks of real images that are not in the reference, where
+            they are shipped in the place of images.
     """
 
     denoiser: Callable
@@ -110,6 +113,7 @@ class Dataset(Entry):
     fingerprint: str
     labels: Callable[[Sequence[int]], torch.Tensor] | None = None
     real_images: torch.Tensor | None = None
+    held_out: dict[str, list[Moments]] | None = None
 
     @cached_property
     def _judged(self):
@@ -126,15 +130,19 @@ class Dataset(Entry):
         return self._judged[1]
 
 
-def load_weights(name: str, folder: Path = DATA / "models") -> tuple[dict, dict, str]:
+def load_weights(
+    name: str, folder: Path = DATA / "models", command: str = "make models"
+) -> tuple[dict, dict, str]:
     """Tensors, metadata and SHA-256 of a shipped weights file, checked against ``SHA256SUMS``.
+
+    ``command`` is what trains it.
 
     Raises:
         ValueError: the file is missing, truncated or altered.
     """
     path = folder / name
     if not path.is_file():
-        raise ValueError(f"The weights file {path} is missing; `make models` trains it again.")
+        raise ValueError(f"The weights file {path} is missing; `{command}` trains it again.")
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     sums = dict(line.split()[::-1] for line in (folder / "SHA256SUMS").read_text().splitlines())
     if sums.get(name) != found:
@@ -216,6 +224,47 @@ def _digits_guided(entry: Entry, device: str) -> Dataset:
     guided = adm.GuidedDenoiser(data.denoiser, lambda x, t: classifier(x - mean, t), entry.guidance)
     both = hashlib.sha256((data.fingerprint + digest).encode()).hexdigest()[:12]
     return replace(data, denoiser=guided, fingerprint=both)
+
+
+def _cifar10_small(entry: Entry, device: str) -> Dataset:
+    parts = ("cifar10_edm", "cifar10_classifier", "cifar10_moments")
+    command = "make models DATASET=cifar10_small"
+    files = [load_weights(f"{part}.safetensors", command=command) for part in parts]
+    tensors, metadata, digests = zip(*files, strict=True)
+    network = edm.build(metadata[0]["precond_class"], json.loads(metadata[0]["init_kwargs"]))
+    classifier = Cifar10Classifier(json.loads(metadata[1]["width"]))
+    for module, weights in zip((network, classifier), tensors[:2], strict=True):
+        module.load_state_dict(weights)
+        module.eval().requires_grad_(False).to(device)
+    moments = moments_from_tensors(tensors[2])
+
+    def judge():
+        return lambda images: classifier.features(scaled(images)), {"fd": moments["train"][0]}
+
+    def distances(loss):
+        one_of("loss", loss, ("l2", "features", "lpips"))
+        if loss != "features":
+            return _lpips(loss)
+        images = feature_distance(classifier.features)
+        return lambda x, y: images(x.float(), y.float())
+
+    return Dataset(
+        **vars(entry),
+        denoiser=network,
+        to_images=quantise_edm,
+        judge=judge,
+        held_out={"fd": moments["test"]},
+        distances=distances,
+        fingerprint=hashlib.sha256("".join(digests).encode()).hexdigest()[:12],
+    )
+
+
+def _cifar10_small_fid(entry: Entry, device: str) -> Dataset:
+    def judge():
+        features = inception_features(fetch(ASSETS[INCEPTION]), device)
+        return features, {"fd": read_statistics(fetch(ASSETS[entry.assets[-1]]))}
+
+    return replace(_cifar10_small(entry, device), judge=judge, held_out=None)
 
 
 @cache  # building it draws and discards 138 million random weights
@@ -334,6 +383,22 @@ _DIGITS = Entry(
     reference_name="1,198 real images",
     floor=True,
 )
+# Trained here, by `data/models/train_cifar10.py`.
+_CIFAR10_SMALL = Entry(
+    name="cifar10_small",
+    title="CIFAR-10, 32x32, a small model",
+    paper="cifar10",
+    shape=(3, 32, 32),
+    load=_cifar10_small,
+    training={"images": 10_000, "batch": 128},
+    # As many as there are test images, so that distances compare with the floor.
+    samples=10_000,
+    endpoint_samples=1_000,
+    batch=1_000,
+    feature_distance_name="FD (CIFAR-10 features)",
+    reference_name="the 50,000 training images",
+    floor=True,
+)
 # Batches as the released code has them: 128 on CIFAR-10, 64 on larger images, 32 on text.
 _SMALL = {"shape": (3, 64, 64), "load": _edm, "training": {"batch": 64}}
 _LARGE = {
@@ -405,6 +470,18 @@ DATASETS = {
                 guidance=float(scale),
             )
             for scale in (2, 4, 8)  # Table 13
+        ),
+        _CIFAR10_SMALL,
+        replace(
+            _CIFAR10_SMALL,
+            name="cifar10_small_fid",
+            load=_cifar10_small_fid,
+            samples=50_000,
+            metrics=("fd",),
+            feature_distance_name="FID",
+            reference_name="published statistics of the training images",
+            floor=False,
+            assets=("fid-refs/cifar10-32x32.npz",),
         ),
         Entry(
             name="cifar10",

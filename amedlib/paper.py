@@ -53,6 +53,9 @@ def limits(dataset: str, n_samples: int, metric: str = "fd", **how) -> str:
     )
     if describe(dataset).floor:
         floor = run(plans.floor_runs(dataset)[metric], **how)
+        if "images" in floor.curves:
+            n = floor.curves["images"][0]
+            return f"{text} Floor, {n:,} real images that are not among those: {floor.value:.3g}."
         n = floor.curves["images per half"][0]
         text += (
             f" Floor, {n} real images against as many others: {floor.value:.3g} (fewer images make "
@@ -149,7 +152,7 @@ def costs_of_choice(measured: pd.DataFrame, results_dir) -> pd.DataFrame:
             seconds, spread = load_result(what.search(), results_dir).seconds, np.nan
         else:
             tensors, metadata = load_tensors(predictor_path(what, results_dir))
-            seconds, spread = float(metadata["seconds"]), tensors["log"][-1, :, 2].max().item()
+            seconds, spread = float(metadata.get("seconds", "nan")), tensors["log"][-1, :, 2].max().item()
         row = {"minutes": seconds / 60, "paper's minutes": theirs[strategy, nfe], "sd of r": spread}
         rows.append({"strategy": strategy, "NFE": nfe} | row)
     return pd.DataFrame(rows).pivot(index="strategy", columns="NFE")

@@ -496,8 +496,9 @@ def concat(plans) -> pd.DataFrame:
 
 
 def floor_runs(dataset: str = "digits") -> dict[str, Run]:
-    """The Runs of the floors of ``"fd"`` and ``"fd_pixels"``."""
-    return {metric: Run(f"floor_{metric}", dataset) for metric in ("fd", "fd_pixels")}
+    """The Runs of the floors of those of ``"fd"`` and ``"fd_pixels"`` that a data set has."""
+    distances = [metric for metric in describe(dataset).metrics if metric != "endpoint_error"]
+    return {metric: Run(f"floor_{metric}", dataset) for metric in distances}
 
 
 def limit_run(dataset: str = "digits", n_samples: int | None = None, metric: str = "fd") -> Run:
@@ -528,9 +529,8 @@ def whole_study(dataset: str = "digits") -> list[Run]:
     if dataset == "digits":
         found += [centring(), *beyond_all()]
         found += [table(10, "digits_conditional", seeds=SEEDS[:1]), table(13, seeds=SEEDS[:1])]
-    runs = [what for plan in found for what in plan["run"]]
-    runs += [limit_run(dataset, metric=metric) for metric in metrics]
-    runs += [accuracy_run(dataset)]
-    if describe(dataset).floor:
-        runs += floor_runs(dataset).values()
+    # First what all others are compared with.
+    runs = [limit_run(dataset, metric=metric) for metric in metrics]
+    runs += floor_runs(dataset).values() if describe(dataset).floor else []
+    runs += [what for plan in found for what in plan["run"]] + [accuracy_run(dataset)]
     return list({what.key: what for what in runs}.values())

@@ -199,7 +199,10 @@ def _row_names(frame, number):
     return frame.assign(
         **{
             name: [
-                "–" if pd.isna(v) else WORDS.get(v, f"{v:g}" if name in "rM" else v) for v in col
+                "–"
+                if pd.isna(v)
+                else WORDS.get(v, f"{v:g}" if name in ("r", "M", "guidance") else v)
+                for v in col
             ]
             for name, col in frame[ROWS[number]].items()
         }
@@ -234,7 +237,8 @@ def cells_table(number: int, measured: pd.DataFrame, unit: str):
     frame, bold = (each.reindex(frame.index) for each in (frame, bold))
     if len(columns) == 1:
         frame, bold = (each.droplevel(1, axis=1) for each in (frame, bold))
-    frame.index.names = bold.index.names = [None] * len(ROWS[number])
+    shown = [name if name in ("AFS", "AMED") else None for name in ROWS[number]]
+    frame.index.names = bold.index.names = shown
     frame.columns.names = bold.columns.names = [None] * frame.columns.nlevels
     return frame.fillna("–").style.apply(lambda _: bold.fillna(""), axis=None)
 

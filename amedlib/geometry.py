@@ -113,8 +113,9 @@ def grid_search(
     grid: Sequence[float],
     afs: bool = False,
     labels: torch.Tensor | None = None,
+    batch: int | None = None,
 ) -> GridSearch:
-    """Greedy search of one r per interval for the whole batch (Fig. 5, and Table 3).
+    """Greedy search of one r per interval for all samples together (Fig. 5, and Table 3).
 
     From where the searched trajectory stands, with its history, every r of the grid is tried; the
     one that ends nearest to the truth, in the mean over samples, is kept.
@@ -126,6 +127,7 @@ def grid_search(
         denoiser, latents, times, solver, afs, labels: as in ``sample``.
         truth: [N, B, C, H, W], truth[i] at times[i]; see ``accurate_solution``.
         grid: values of r, strictly between 0 and 1.
+        batch: how many samples are tried at once; all unless given.
 
     Raises:
         ValueError: an argument is not of the form above.
@@ -139,25 +141,47 @@ def grid_search(
     require(
         list(truth.shape[1:]) == shape, "the truth's samples", list(truth.shape[1:]), f"{shape}"
     )
+    batch = len(latents) if batch is None else batch
+    parts = [slice(first, first + batch) for first in range(0, len(latents), batch)]
+    some = [None if labels is None else labels[part] for part in parts]
     x = latents.to(torch.float64) * times[0]
-    searched = Sampler(denoiser, x, times, solver, afs, candidates[0], labels)
+
+    def attempt(sampler, r, known):
+        trial = copy(sampler)
+        trial.history, trial.intermediate = sampler.history.copy(), r
+        trial.advance(known)
+        return trial
+
+    searched = [
+        Sampler(denoiser, x[part], times, solver, afs, candidates[0], y)
+        for part, y in zip(parts, some, strict=True)
+    ]
     best, errors = [], []
     for i, t_cur in enumerate(times[:-1]):
         # One evaluation at t_cur serves every r.
-        known = None if afs and i == 0 else (denoiser(searched.x, t_cur, labels), None)
-        trials = []
-        for candidate in candidates:
-            trial = copy(searched)
-            trial.history, trial.intermediate = searched.history.copy(), candidate
-            trial.advance(known)
-            trials.append(trial)
-        errors.append(torch.stack([distance(t.x, truth[i + 1]).mean() for t in trials]))
+        known = [
+            None if afs and i == 0 else (denoiser(sampler.x, t_cur, sampler.labels), None)
+            for sampler in searched
+        ]
+        total = 0.0
+        for part, sampler, evaluated in zip(parts, searched, known, strict=True):
+            trials = [attempt(sampler, r, evaluated) for r in candidates]
+            total += torch.stack([distance(t.x, truth[i + 1, part]).sum() for t in trials])
+        errors.append(total / len(latents))
         best.append(int(errors[-1].argmin()))
-        searched = trials[best[-1]]
+        # The trials of the last part are at hand; those of the others were too many to keep.
+        kept = candidates[best[-1]]
+        again = zip(searched[:-1], known[:-1], strict=True)
+        searched = [*(attempt(sampler, kept, d) for sampler, d in again), trials[best[-1]]]
 
     def distances(r):
-        out = sample(denoiser, latents, times, solver, afs, TimeWise(r), labels, trajectory=True)
-        return distance(out.trajectory, truth)[1:].mean(1)
+        total = 0.0
+        for part, y in zip(parts, some, strict=True):
+            out = sample(
+                denoiser, latents[part], times, solver, afs, TimeWise(r), y, trajectory=True
+            )
+            total += distance(out.trajectory, truth[:, part])[1:].sum(1)
+        return total / len(latents)
 
     r = [float(grid[j]) for j in best]
     return GridSearch(

@@ -152,7 +152,10 @@ def costs_of_choice(measured: pd.DataFrame, results_dir) -> pd.DataFrame:
             seconds, spread = load_result(what.search(), results_dir).seconds, np.nan
         else:
             tensors, metadata = load_tensors(predictor_path(what, results_dir))
-            seconds, spread = float(metadata.get("seconds", "nan")), tensors["log"][-1, :, 2].max().item()
+            seconds, spread = (
+                float(metadata.get("seconds", "nan")),
+                tensors["log"][-1, :, 2].max().item(),
+            )
         row = {"minutes": seconds / 60, "paper's minutes": theirs[strategy, nfe], "sd of r": spread}
         rows.append({"strategy": strategy, "NFE": nfe} | row)
     return pd.DataFrame(rows).pivot(index="strategy", columns="NFE")

@@ -131,7 +131,9 @@ def table2(
     """
     one_of("schedule", schedule, (None, *SCHEDULES))
     nfes = describe(dataset).nfes if nfes is None else nfes
-    require(len(nfes) > 0 and len(seeds) > 0, "nfes and seeds", (nfes, seeds), "not empty")
+    for given, values in (("nfes", nfes), ("seeds", seeds)):
+        listed = isinstance(values, list | tuple | range) and len(values) > 0
+        require(listed, given, values, "a list that is not empty")
     rows = []
     for name in names:
         one_of("method", name, METHODS)

@@ -5,11 +5,8 @@ python -m amedlib.reproduce digits --fill   compute what the store lacks
 """
 
 import argparse
-import multiprocessing
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 
 import numpy as np
 import pandas as pd
@@ -86,31 +83,18 @@ def spot_check(dataset="digits", n=10, seed=None, results_dir=RESULTS, seconds=1
     return seed, compare(pairs, retrained=False)
 
 
-def processes(workers: int):
-    """An executor of ``workers`` processes with one thread each."""
-    # Inherited by the workers, before they import torch. Memory that is given back to the system
-    # after every layer, and taken again for the next, costs a quarter of the time.
-    os.environ |= {
-        "OMP_NUM_THREADS": "1",
-        "MALLOC_TRIM_THRESHOLD_": str(2**30),
-        "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    }
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-
-
 def main(arguments=None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dataset", nargs="?", default="digits")
     parser.add_argument("--fill", action="store_true", help="compute what the store lacks")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="on this machine")
+    parser.add_argument("--cluster", help="instead of them, the address of a Dask scheduler")
     parser.add_argument("--device")
     given = parser.parse_args(arguments)
     into = RESULTS if given.fill else AGAIN
-    runs = plans.whole_study(given.dataset)
-    run_all(runs[:1], into, given.device)  # makes the ODE's solution, which the others share
-    with processes(given.workers) if given.workers > 1 else nullcontext() as executor:
-        run_all(runs, into, given.device, executor)
+    cluster = given.cluster or (given.workers if given.workers > 1 else None)
+    run_all(plans.whole_study(given.dataset), into, given.device, cluster=cluster)
     if given.fill:
         return 0
     old = {result.run.key: result for result in stored(given.dataset, RESULTS)}

@@ -5,6 +5,7 @@ Time is the noise level, t = sigma. A schedule is a descending float64 tensor of
 """
 
 import math
+from numbers import Real
 
 import numpy as np
 import torch
@@ -119,11 +120,13 @@ def make_schedule(
     """
     one_of("schedule", name, SCHEDULES)
     require(
-        isinstance(num_steps, int | np.integer) and num_steps >= 2,
+        isinstance(num_steps, int | np.integer) and 2 <= num_steps <= 10**6,
         "num_steps",
         num_steps,
-        "a whole number of at least 2 time points",
+        "a whole number up to a million and of at least 2 time points",
     )
+    for given, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max), ("rho", rho)):
+        require(isinstance(value, Real) or given == "rho" and rho is None, given, value, "a number")
     require(
         0 < sigma_min < sigma_max < math.inf,
         "sigma_min and sigma_max",
@@ -134,15 +137,24 @@ def make_schedule(
         rho = 7.0 if name == "polynomial" else 1.0
     require(0 < rho < math.inf, "rho", rho, "a positive number")
     u = torch.arange(num_steps, dtype=torch.float64) / (num_steps - 1)
-    if name == "polynomial":
-        times = _polynomial(u, sigma_min, sigma_max, rho)
-    elif name == "logsnr":
-        times = _logsnr(u, sigma_min, sigma_max)
-    elif name == "time_uniform":
-        times = _time_uniform(u, sigma_min, sigma_max, rho)
-    else:
-        sigmas = "stable_diffusion" if sigmas is None else sigmas
-        times = _discrete(u, sigma_min, sigma_max, sigmas)
-    # The ends are what was asked for, to the last bit.
-    times[0], times[-1] = sigma_max, sigma_min
+    try:
+        if name == "polynomial":
+            times = _polynomial(u, sigma_min, sigma_max, rho)
+        elif name == "logsnr":
+            times = _logsnr(u, sigma_min, sigma_max)
+        elif name == "time_uniform":
+            times = _time_uniform(u, sigma_min, sigma_max, rho)
+        else:
+            sigmas = "stable_diffusion" if sigmas is None else sigmas
+            times = _discrete(u, sigma_min, sigma_max, sigmas)
+        # The ends are what was asked for, to the last bit.
+        times[0], times[-1] = float(sigma_max), float(sigma_min)
+    except (OverflowError, ZeroDivisionError):
+        times = torch.full_like(u, torch.nan)
+    require(
+        bool((times.diff() < 0).all()),
+        "num_steps, sigma_min, sigma_max and rho",
+        (num_steps, sigma_min, sigma_max, rho),
+        f"such that the points of the schedule {name!r} descend in double precision",
+    )
     return times

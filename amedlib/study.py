@@ -1,33 +1,44 @@
 """A number is a Result: what determines it (Run), how it is computed, where it is kept.
 
-``run`` returns one Result, from the store or computed; ``run_all`` does so for many, in this
-process or through any ``concurrent.futures`` executor, and returns a pandas frame. A finished
-result is one JSON file, named by a hash of its Run, and is never computed twice.
+``run`` returns one Result, from the store or computed; ``run_all`` does so for many and returns a
+pandas frame. A finished result is one JSON file, named by a hash of its Run, and is never computed
+twice; nor is a block of its samples, which is a file until the result is saved.
+
+Where it executes, in this process, in workers or on a cluster, changes no bit of a result: blocks
+are the same everywhere, they are added up in their order, and all compute in one thread, since the
+number of threads changes how sums are rounded.
 """
 
 import hashlib
 import json
 import os
 import platform
+import shutil
+import socket
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from functools import lru_cache, partial
 from importlib.metadata import version
+from numbers import Real
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
+from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from amedlib import geometry
 from amedlib.checks import one_of, require
+from amedlib.cluster import Task, check_cluster, connect, do
 from amedlib.datasets import DATA, Dataset, describe, load_dataset
 from amedlib.files import load_tensors, save_tensors, write_atomically
 from amedlib.intermediate import TimeWise
@@ -103,14 +114,27 @@ class Run:
             one_of(f"metric of {self.dataset!r}", self.metric, data.metrics)
         if self.version is None:
             object.__setattr__(self, "version", PROCEDURES[self.metric].version)
-        for name, low in (("samples", 2 * BLOCKS), ("first_seed", 0)):
+        for name, low, high in (
+            ("samples", 2 * BLOCKS, 10**8),
+            ("first_seed", 0, 10**15),
+            ("nfe", 1, 1000),
+            ("version", 1, 1000),
+        ):
             value = getattr(self, name)
             require(
-                isinstance(value, int) and value >= low,
+                isinstance(value, int) and low <= value <= high,
                 name,
                 value,
-                f"a whole number of at least {low}",
+                f"a whole number of at least {low} and at most {high:,}",
             )
+        require(isinstance(self.options, dict), "options", self.options, "a dictionary")
+        require(isinstance(self.afs, bool), "afs", self.afs, "True or False")
+        require(
+            self.predictor is None or isinstance(self.predictor, dict),
+            "predictor",
+            self.predictor,
+            "None or a dictionary",
+        )
         require(
             self.metric != "endpoint_error" or self.samples <= data.endpoint_samples,
             "samples",
@@ -126,6 +150,14 @@ class Run:
         if isinstance(self.r, list):
             object.__setattr__(self, "r", tuple(self.r))
         if self.r is not None and self.r != "searched":
+            each = self.r if isinstance(self.r, tuple) else (self.r,)
+            # Nearer to the ends, differences over the step drown in rounding.
+            require(
+                all(isinstance(r, Real) and 0.001 <= r <= 0.999 for r in each),
+                "r",
+                self.r,
+                "strictly between 0 and 1, from 0.001 to 0.999; one number or one per step",
+            )
             TimeWise(self.r).check(self.num_steps - 1)
         if self.predictor is not None:
             known = [f.name for f in fields(Training) if f.name not in _SHARED]
@@ -218,7 +250,8 @@ class Result:
             where the procedure has no sampling error.
         curves: what belongs to the number and is more than one number, as named lists.
         nfe: evaluations per sample, counted.
-        seconds: wall time of the procedure, without training.
+        seconds: of computation, the blocks' added up; without training, search and the ODE's
+            solution, which Runs share.
         device, versions, fingerprint, created: where, with what, by which code and weights, when.
     """
 
@@ -269,6 +302,7 @@ def load_result(run: Run, results_dir=RESULTS) -> Result | None:
         return None
     except (ValueError, TypeError, KeyError) as error:
         aside = path.with_suffix(".corrupt")
+        check_writable(path.parent)
         os.replace(path, aside)
         warnings.warn(
             f"The result file {path} cannot be used ({error}); it was set aside as {aside.name} "
@@ -280,8 +314,9 @@ def load_result(run: Run, results_dir=RESULTS) -> Result | None:
 
 
 def save_result(result: Result, results_dir=RESULTS) -> None:
-    """Write a result atomically."""
-    text = json.dumps(asdict(result), indent=1, allow_nan=False)
+    """Write a result atomically, a field per line."""
+    rows = [f'"{name}": {json.dumps(v, allow_nan=False)}' for name, v in asdict(result).items()]
+    text = "{\n" + ",\n".join(rows) + "\n}\n"
     write_atomically(result_path(result.run, results_dir), text.encode())
 
 
@@ -331,6 +366,18 @@ def _device_name(device: str) -> str:
     return f"{model or platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
 
 
+@contextmanager
+def one_thread():
+    """One thread in this process, for PyTorch and for what NumPy and SciPy call."""
+    before = torch.get_num_threads()
+    with threadpool_limits(1):
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
 # --- procedures ---------------------------------------------------------------------------------
 
 
@@ -346,10 +393,19 @@ class Measured:
 
 @dataclass(frozen=True)
 class Procedure:
-    """How metrics are measured: ``compute(run, context)`` returns a ``Measured`` for each."""
+    """How metrics are measured.
 
-    compute: Callable[["Run", "Context"], dict[str, Measured]]
+    Attributes:
+        compute: ``compute(run, context, blocks)`` returns a ``Measured`` for each.
+        version: see ``Run``.
+        measure: ``measure(run, context)`` returns a function that takes seeds of some samples and
+            returns their ``Moments`` by name, and the NFE; they are added up in blocks. ``None``:
+            there are no blocks.
+    """
+
+    compute: Callable[["Run", "Context", list["Block"]], dict[str, Measured]]
     version: int
+    measure: Callable[["Run", "Context"], Callable] | None = None
 
 
 @dataclass(frozen=True)
@@ -370,29 +426,49 @@ class Context:
     def labels(self, seeds) -> torch.Tensor | None:
         return self.data.labels and self.data.labels(seeds)
 
+    def sample(
+        self, run: Run, seeds, times, solver, afs=False, intermediate=None, name="samples", **rest
+    ):
+        """``sample`` for these seeds.
+
+        Raises:
+            ValueError: a sample is not finite; says in which step of ``name`` it ceased to be.
+        """
+        denoiser, latents = self.denoiser(run), self.latents(seeds)
+        given = denoiser, latents, times, solver, afs, intermediate, self.labels(seeds)
+        out = sample(*given, **rest)
+        if not bool(torch.isfinite(out.x).all()):
+            states = sample(*given, trajectory=True).trajectory
+            n = int(torch.isfinite(states).flatten(1).all(1).sum())  # of N are finite
+            raise ValueError(
+                f"{name} must be finite; NaN or inf arose in step {n} of {len(times) - 1}, "
+                f"from t = {times[n - 1]:.4g} to {times[n]:.4g}."
+                if n < len(times)
+                else f"{name} must be finite; NaN or inf arose once, and not when tried again."
+            )
+        return out
+
     def intermediate(self, run: Run):
         """What a Run says of the intermediate; trains the predictor if nobody has."""
         if run.r == "searched":
-            found = load_result(run.search(), self.results_dir)
-            if found is None:
-                (found,) = compute(run.search(), self.results_dir, self.device, self.progress)
-                save_result(found, self.results_dir)
-            return TimeWise(found.curves["r"])
+            _finish(run.search(), self)
+            return TimeWise(load_result(run.search(), self.results_dir).curves["r"])
         if run.r is not None:
             return TimeWise(run.r)
         if run.predictor is None:
             return None
         training = run.training
-        return train(
-            self.data.denoiser,
-            training,
-            self.data.shape,
-            predictor_path(run, self.results_dir),
-            self.data.distances(training.loss),
-            self.device,
-            self.progress,
-            self.data.labels,
-        ).to(self.device)
+        with one_thread():
+            return train(
+                self.data.denoiser,
+                training,
+                self.data.shape,
+                predictor_path(run, self.results_dir),
+                self.data.distances(training.loss),
+                self.device,
+                self.progress,
+                self.data.labels,
+            ).to(self.device)
 
 
 def _blocks(run: Run) -> list[torch.Tensor]:
@@ -401,92 +477,103 @@ def _blocks(run: Run) -> list[torch.Tensor]:
     return list(torch.tensor_split(seeds, BLOCKS))
 
 
-def _by_block(run: Run, context: Context, measure, path: Path | None = None) -> list[dict]:
-    """``measure(seeds) -> {name: Moments}`` over all samples, batch by batch, added up per block.
+class Block(NamedTuple):
+    """What one block of samples adds to a Run's numbers, and what it took."""
 
-    With ``path``, finished blocks are kept there, and a killed run goes on from them. A batch that
-    the memory does not suffice for is halved.
+    moments: dict[str, Moments]
+    nfe: int
+    seconds: float
+    device: str
+
+
+def in_batches(seeds: list[int], batch: int, work: Callable) -> Iterator:
+    """``work(part)`` of one part of the seeds after the other; halved if the memory is too small.
+
+    Raises:
+        RuntimeError: the memory does not suffice for a single sample.
     """
-    done = _load_blocks(path) if path else []
-    seeds_of = _blocks(run)
-    batch = context.data.batch
-    label = f"{run.dataset}, {run.solver}, NFE {run.nfe}"
-    with tqdm(total=run.samples, desc=label, leave=False, disable=not context.progress) as bar:
-        bar.update(sum(len(seeds) for seeds in seeds_of[: len(done)]))
-        for seeds in seeds_of[len(done) :]:
-            block, first = {}, 0
-            while first < len(seeds):
-                part = seeds[first : first + batch].tolist()
-                try:
-                    found = measure(part)
-                except torch.OutOfMemoryError as error:
-                    batch = halved(len(part), "sampling", error)
-                    continue
-                for name, moments in found.items():
-                    block[name] = block[name] + moments if name in block else moments
-                first += len(part)
-                bar.update(len(part))
-            done.append(block)
-            if path:
-                _save_blocks(path, done)
-    return done
+    first = 0
+    while first < len(seeds):
+        part = seeds[first : first + batch]
+        try:
+            found = work(part)
+        except torch.OutOfMemoryError as error:
+            batch = halved(len(part), "sampling", error)
+            continue
+        yield found
+        first += len(part)
 
 
-def _save_blocks(path, blocks):
+def add_up(seeds: list[int], batch: int, measure: Callable) -> tuple[dict[str, Moments], int]:
+    """The moments of all samples, batch by batch, and the NFE; ``measure`` as of ``Procedure``."""
+    moments: dict[str, Moments] = {}
+    nfe = 0
+    for found, nfe in in_batches(seeds, batch, measure):  # noqa: B007
+        for name, new in found.items():
+            moments[name] = moments[name] + new if name in moments else new
+    return moments, nfe
+
+
+def make_block(run: Run, context: Context, index: int) -> Block:
+    """Measure the samples of one block."""
+    measure = PROCEDURES[run.metric].measure(run, context)
+    start = time.perf_counter()
+    moments, nfe = add_up(_blocks(run)[index].tolist(), context.data.batch, measure)
+    for name, found in moments.items():
+        require(bool(np.isfinite(found.total).all()), f"{name} of samples", "NaN or inf", "finite")
+    return Block(moments, nfe, time.perf_counter() - start, _device_name(context.device))
+
+
+def _load_block(path: Path) -> Block | None:
+    """A block that is kept; ``None`` if there is none, or none that can be read."""
+    try:
+        tensors, metadata = load_tensors(path)
+    except ValueError:
+        return None
+    moments = {
+        name.removesuffix("/count"): Moments(
+            int(tensors[name]),
+            *(tensors[name.replace("/count", part)].numpy() for part in ("/total", "/outer")),
+        )
+        for name in tensors
+        if name.endswith("/count")
+    }
+    return Block(moments, **json.loads(metadata["block"]))
+
+
+def _save_block(path: Path, block: Block) -> None:
     tensors = {
-        f"{i}/{name}/{part}": torch.as_tensor(getattr(moments, part))
-        for i, block in enumerate(blocks)
-        for name, moments in block.items()
+        f"{name}/{part}": torch.as_tensor(getattr(moments, part))
+        for name, moments in block.moments.items()
         for part in ("count", "total", "outer")
     }
-    save_tensors(path, tensors, {})
-
-
-def _load_blocks(path) -> list[dict]:
-    if not path.is_file():
-        return []
-    tensors, _ = load_tensors(path)
-    blocks: dict[int, dict] = {}
-    for name in (name for name in tensors if name.endswith("/count")):
-        index, metric, _ = name.split("/")
-        total, outer = (tensors[f"{index}/{metric}/{part}"].numpy() for part in ("total", "outer"))
-        blocks.setdefault(int(index), {})[metric] = Moments(int(tensors[name]), total, outer)
-    return [blocks[i] for i in range(len(blocks))]
+    about = {name: value for name, value in block._asdict().items() if name != "moments"}
+    save_tensors(path, tensors, {"block": json.dumps(about)})
 
 
 def _root_mean_square(moments: Moments) -> float:
     return float(np.sqrt(np.trace(moments.outer) / moments.count))
 
 
-def quality(run: Run, context: Context) -> dict[str, Measured]:
-    """All that can be said of one set of samples: FD of features and of pixels, endpoint error.
+def _qualities(run: Run) -> list[str]:
+    """What is said of the samples of a Run.
 
     The endpoint error is left out where there are more samples than the data set keeps the ODE's
     solutions for.
     """
-    data, nfe = context.data, run.nfe
+    data = describe(run.dataset)
+    few = run.samples <= data.endpoint_samples
+    return [metric for metric in data.metrics if metric != "endpoint_error" or few]
+
+
+def _measure_quality(run: Run, context: Context) -> Callable:
+    data, metrics = context.data, _qualities(run)
     solver, times = make_solver(run.solver, **run.options), run.times()
-    metrics = [
-        metric
-        for metric in data.metrics
-        if metric != "endpoint_error" or run.samples <= data.endpoint_samples
-    ]
     intermediate = context.intermediate(run)
     solution = accurate_endpoints(run, context) if "endpoint_error" in metrics else None
 
     def measure(seeds):
-        nonlocal nfe
-        out = sample(
-            context.denoiser(run),
-            context.latents(seeds),
-            times,
-            solver,
-            run.afs,
-            intermediate,
-            context.labels(seeds),
-        )
-        require(bool(torch.isfinite(out.x).all()), "samples", "NaN or inf", "finite")
-        nfe = out.nfe
+        out = context.sample(run, seeds, times, solver, run.afs, intermediate)
         found = {}
         if "fd" in metrics:
             images = data.to_images(out.x)
@@ -497,18 +584,20 @@ def quality(run: Run, context: Context) -> dict[str, Measured]:
             rows = [seed - run.first_seed for seed in seeds]
             distances = geometry.distance(out.x.cpu(), solution[rows])
             found["endpoint_error"] = Moments.of(distances[:, None])
-        return found
+        return found, out.nfe
 
-    unfinished = result_path(run, context.results_dir).with_suffix(".partial")
-    blocks = _by_block(run, context, measure, unfinished)
+    return measure
+
+
+def quality(run: Run, context: Context, blocks: list[Block]) -> dict[str, Measured]:
+    """All that can be said of one set of samples: FD of features and of pixels, endpoint error."""
     measured = {}
-    for metric in metrics:
+    for metric in _qualities(run):
         statistic = _root_mean_square
         if metric != "endpoint_error":
-            statistic = partial(moments_distance, b=data.reference[metric])
-        value, replicates = leave_one_out([block[metric] for block in blocks], statistic)
-        measured[metric] = Measured(value, replicates, nfe=nfe)
-    unfinished.unlink(missing_ok=True)
+            statistic = partial(moments_distance, b=context.data.reference[metric])
+        value, replicates = leave_one_out([block.moments[metric] for block in blocks], statistic)
+        measured[metric] = Measured(value, replicates, nfe=blocks[0].nfe)
     return measured
 
 
@@ -519,44 +608,69 @@ SOLUTION = {"solver": "unipc", "options": {"order": 3, "thresholding": False}, "
 def _solve(run: Run, context: Context, seeds, points: int) -> torch.Tensor:
     times = make_schedule("logsnr", points, run.sigma_min, run.sigma_max)
     solver = make_solver(SOLUTION["solver"], **SOLUTION["options"])
-    denoiser, latents = context.denoiser(run), context.latents(seeds)
-    return sample(denoiser, latents, times, solver, labels=context.labels(seeds)).x
+    return context.sample(run, seeds, times, solver, name="the ODE's accurate solutions").x
+
+
+def _solution(run: Run) -> list:
+    """What determines the ODE's solution from a Run's latents."""
+    what = [SOLUTION, run.sigma_min, run.sigma_max, run.first_seed, run.samples]
+    return what + [run.precision] * (run.precision != "float32")
+
+
+def solution_path(run: Run, results_dir=RESULTS) -> Path:
+    """Where the ODE's solution from a Run's latents is kept; Runs with the same latents share it.
+
+    In half precision, whose rounding is below the solution's own accuracy (`endpoint_accuracy`);
+    made in blocks, as a result is.
+    """
+    return _folder(results_dir, run) / "endpoints" / f"{_hash(_solution(run))}.safetensors"
+
+
+def _solve_block(run: Run, context: Context, index: int) -> torch.Tensor:
+    points = SOLUTION["num_steps"]
+
+    def solve(seeds):
+        return _solve(run, context, seeds, points).half().cpu()
+
+    return torch.cat(list(in_batches(_blocks(run)[index].tolist(), context.data.batch, solve)))
 
 
 def accurate_endpoints(run: Run, context: Context) -> torch.Tensor:
-    """The ODE's solution at sigma_min from a Run's latents, [samples, C, H, W], float64.
-
-    Made once per latent set and kept, in single precision, beside the results.
-    """
-    what = [SOLUTION, run.sigma_min, run.sigma_max, run.first_seed, run.samples]
-    what += [run.precision] * (run.precision != "float32")
-    folder = _folder(context.results_dir, run) / "endpoints"
-    path = folder / f"{_hash(what)}.safetensors"
-    if not path.is_file():
-        parts = []
-        seeds = torch.cat(_blocks(run)).split(context.data.batch)
-        for part in tqdm(seeds, desc="the ODE's solution", disable=not context.progress):
-            parts.append(_solve(run, context, part.tolist(), SOLUTION["num_steps"]).float().cpu())
-        save_tensors(path, {"x": torch.cat(parts)}, {"what": json.dumps(what)})
-    return load_tensors(path)[0]["x"].double()
+    """The ODE's solution at sigma_min from a Run's latents, [samples, C, H, W], float64."""
+    _finish_solution(run, context)
+    return load_tensors(solution_path(run, context.results_dir))[0]["x"].double()
 
 
-def endpoint_accuracy(run: Run, context: Context) -> dict[str, Measured]:
-    """Root mean square distance of the accurate endpoints to those with half the steps."""
+def _measure_accuracy(run: Run, context: Context) -> Callable:
     fine, coarse = SOLUTION["num_steps"], SOLUTION["num_steps"] // 2 + 1
 
     def measure(seeds):
         x, y = (_solve(run, context, seeds, points) for points in (fine, coarse))
-        return {"distance": Moments.of(geometry.distance(x, y)[:, None])}
+        return {"distance": Moments.of(geometry.distance(x, y)[:, None])}, fine - 1
 
-    blocks = _by_block(run, context, measure)
-    value, replicates = leave_one_out([b["distance"] for b in blocks], _root_mean_square)
-    return {"endpoint_accuracy": Measured(value, replicates, nfe=fine - 1)}
+    return measure
 
 
-def floor(run: Run, context: Context) -> dict[str, Measured]:
-    """Distance of a random half of the real reference images to the other half, over 20 splits."""
-    images = context.data.real_images
+def endpoint_accuracy(run: Run, context: Context, blocks: list[Block]) -> dict[str, Measured]:
+    """Root mean square distance of the accurate endpoints to those with half the steps."""
+    distances = [block.moments["distance"] for block in blocks]
+    value, replicates = leave_one_out(distances, _root_mean_square)
+    return {"endpoint_accuracy": Measured(value, replicates, nfe=blocks[0].nfe)}
+
+
+def floor(run: Run, context: Context, blocks=()) -> dict[str, Measured]:
+    """Distance of a random half of the real reference images to the other half, over 20 splits.
+
+    Where moments of other real images are shipped in their place: of these to the reference.
+    """
+    images, held_out = context.data.real_images, context.data.held_out
+    if held_out is not None:
+        measured = {}
+        for metric, parts in held_out.items():
+            statistic = partial(moments_distance, b=context.data.reference[metric])
+            curves = {"images": [sum(part.count for part in parts)]}
+            measured[f"floor_{metric}"] = Measured(*leave_one_out(parts, statistic), curves)
+        return measured
     require(images is not None, "dataset", run.dataset, "one that has its real images at hand")
     n = len(images) // 2
     features = {"fd": context.data.features(images), "fd_pixels": images.flatten(1)}
@@ -575,38 +689,9 @@ def floor(run: Run, context: Context) -> dict[str, Measured]:
 
 
 def _curve_blocks(blocks, name, statistic):
-    """Value and replicates of a statistic of the mean of a vector."""
-    return leave_one_out([b[name] for b in blocks], lambda m: float(statistic(m.mean)))
-
-
-def trajectory_pca(run: Run, context: Context) -> dict[str, Measured]:
-    """Figure 4: the largest relative projection error along t, in the mean over trajectories."""
-    solver, times = make_solver(run.solver, **run.options), run.times()
-    nfe = run.nfe
-
-    def measure(seeds):
-        nonlocal nfe
-        out = sample(
-            context.denoiser(run),
-            context.latents(seeds),
-            times,
-            solver,
-            run.afs,
-            labels=context.labels(seeds),
-            trajectory=True,
-        )
-        nfe = out.nfe
-        pca = geometry.trajectory_pca(out.trajectory)
-        return {name: Moments.of(rows.T) for name, rows in pca._asdict().items()}
-
-    blocks = _by_block(run, context, measure)
-    value, replicates = _curve_blocks(blocks, "relative_error", np.max)
-    curves = {"t": times.tolist()}
-    for name in blocks[0]:
-        whole = _sum(b[name] for b in blocks)
-        curves[name] = whole.mean.tolist()
-        curves[f"{name}_sd"] = np.sqrt(np.diag(whole.covariance).clip(0)).tolist()
-    return {"trajectory_pca": Measured(value, replicates, curves, nfe)}
+    """Value and replicates of a statistic of the mean of a vector; and its sum over the blocks."""
+    moments = [block.moments[name] for block in blocks]
+    return *leave_one_out(moments, lambda m: float(statistic(m.mean))), _sum(moments)
 
 
 def _sum(values):
@@ -614,30 +699,63 @@ def _sum(values):
     return sum(rest, start=first)
 
 
+def _deviation(moments: Moments) -> list[float]:
+    """Standard deviations over samples."""
+    return np.sqrt(np.diag(moments.covariance).clip(0)).tolist()
+
+
+def _measure_pca(run: Run, context: Context) -> Callable:
+    solver, times = make_solver(run.solver, **run.options), run.times()
+
+    def measure(seeds):
+        out = context.sample(run, seeds, times, solver, run.afs, trajectory=True)
+        pca = geometry.trajectory_pca(out.trajectory)
+        return {name: Moments.of(rows.T) for name, rows in pca._asdict().items()}, out.nfe
+
+    return measure
+
+
+def trajectory_pca(run: Run, context: Context, blocks: list[Block]) -> dict[str, Measured]:
+    """Figure 4: the largest relative projection error along t, in the mean over trajectories."""
+    value, replicates, _ = _curve_blocks(blocks, "relative_error", np.max)
+    curves = {"t": run.times().tolist()}
+    for name in blocks[0].moments:
+        whole = _sum(block.moments[name] for block in blocks)
+        curves[name] = whole.mean.tolist()
+        curves[f"{name}_sd"] = _deviation(whole)
+    return {"trajectory_pca": Measured(value, replicates, curves, blocks[0].nfe)}
+
+
 # The grid of Table 3: 0.02 to 0.98.
 GRID = tuple(round(0.02 * i, 2) for i in range(1, 50))
 
 
-def grid_search(run: Run, context: Context) -> dict[str, Measured]:
+def grid_search(run: Run, context: Context, blocks=()) -> dict[str, Measured]:
     """Figure 5: relative alignment with the best r of a grid, in the mean over the steps."""
     denoiser, times = context.denoiser(run), run.times()
     seeds = torch.cat(_blocks(run)).tolist()
     latents, labels = context.latents(seeds), context.labels(seeds)
     # The paper's ground truth: Heun with 80 NFE (Sec. 3.3).
     refined = run.refined(-(-40 // (run.num_steps - 1)))
-    truth = geometry.accurate_solution(
-        denoiser, latents, times, refined, labels=labels, batch=context.data.batch
-    )
     solver = make_solver(run.solver, **run.options)
-    found = geometry.grid_search(denoiser, latents, times, solver, truth, GRID, run.afs, labels)
+    batch, found = context.data.batch, None
+    while found is None:
+        try:
+            truth = geometry.accurate_solution(
+                denoiser, latents, times, refined, labels=labels, batch=batch
+            )
+            found = geometry.grid_search(
+                denoiser, latents, times, solver, truth, GRID, run.afs, labels, batch
+            )
+        except torch.OutOfMemoryError as error:
+            batch = halved(batch, "the grid search", error)
     curves = {name: values.tolist() for name, values in found._asdict().items()}
     curves |= {"t": run.times().tolist(), "grid": list(GRID)}
     value = float((found.baseline - found.searched).mean())
     return {"grid_search": Measured(value, curves=curves, nfe=run.nfe)}
 
 
-def local_error(run: Run, context: Context) -> dict[str, Measured]:
-    """Table 1: root mean square error of one step from the solution, in the mean over the steps."""
+def _measure_local_error(run: Run, context: Context) -> Callable:
     solver, intermediate = make_solver(run.solver, **run.options), context.intermediate(run)
     times, denoiser = run.times(), context.denoiser(run)
     accurate = make_solver(SOLUTION["solver"], **SOLUTION["options"])
@@ -648,24 +766,21 @@ def local_error(run: Run, context: Context) -> dict[str, Measured]:
         truth = geometry.accurate_solution(denoiser, latents, times, refined, accurate, labels)
         errors = geometry.local_errors(denoiser, truth, times, solver, intermediate, labels)
         # Mean squares add up over batches; errors are already root mean squares of this one.
-        return {
-            "square": Moments(len(seeds), len(seeds) * errors.square().cpu().numpy(), np.zeros(()))
-        }
+        total = len(seeds) * errors.square().cpu().numpy()
+        return {"square": Moments(len(seeds), total, np.zeros(()))}, run.nfe
 
-    blocks = _by_block(run, context, measure)
-    value, replicates = _curve_blocks(blocks, "square", lambda square: np.sqrt(square).mean())
-    whole = _sum(b["square"] for b in blocks)
-    curves = {"t": times.tolist(), "rms": np.sqrt(whole.mean).tolist()}
+    return measure
+
+
+def local_error(run: Run, context: Context, blocks: list[Block]) -> dict[str, Measured]:
+    """Table 1: root mean square error of one step from the solution, in the mean over the steps."""
+    value, replicates, whole = _curve_blocks(blocks, "square", lambda m: np.sqrt(m).mean())
+    curves = {"t": run.times().tolist(), "rms": np.sqrt(whole.mean).tolist()}
     return {"local_error": Measured(value, replicates, curves, run.nfe)}
 
 
-def learned_r(run: Run, context: Context) -> dict[str, Measured]:
-    """Figure 7: the largest r_n over the steps, in the mean over samples; r of every step.
-
-    Beside r stands the loss of every step, in the mean over the last ten batches of training.
-    """
+def _measure_r(run: Run, context: Context) -> Callable:
     predictor, solver = context.intermediate(run), make_solver(run.solver, **run.options)
-    log = load_tensors(predictor_path(run, context.results_dir))[0]["log"]
 
     def measure(seeds):
         rows = []
@@ -676,91 +791,293 @@ def learned_r(run: Run, context: Context) -> dict[str, Measured]:
             return out
 
         listen.uses_bottleneck = predictor.uses_bottleneck
-        sample(
-            context.denoiser(run),
-            context.latents(seeds),
-            run.times(),
-            solver,
-            run.afs,
-            listen,
-            context.labels(seeds),
-        )
-        return {"r": Moments.of(torch.stack(rows, dim=1))}
+        out = context.sample(run, seeds, run.times(), solver, run.afs, listen)
+        return {"r": Moments.of(torch.stack(rows, dim=1))}, out.nfe
 
-    blocks = _by_block(run, context, measure)
-    value, replicates = _curve_blocks(blocks, "r", np.max)
-    whole = _sum(b["r"] for b in blocks)
+    return measure
+
+
+def learned_r(run: Run, context: Context, blocks: list[Block]) -> dict[str, Measured]:
+    """Figure 7: the largest r_n over the steps, in the mean over samples; r of every step.
+
+    Beside r stands the loss of every step, in the mean over the last ten batches of training.
+    """
+    log = load_tensors(predictor_path(run, context.results_dir))[0]["log"]
+    value, replicates, whole = _curve_blocks(blocks, "r", np.max)
     curves = {
         "t": run.times().tolist(),
         "r": whole.mean.tolist(),
-        "r_sd": np.sqrt(np.diag(whole.covariance).clip(0)).tolist(),
+        "r_sd": _deviation(whole),
         "loss": log[-10:, :, 0].mean(0).tolist(),
     }
     return {"learned_r": Measured(value, replicates, curves, run.nfe)}
 
 
 PROCEDURES = {
-    "fd": Procedure(quality, version=1),
-    "fd_pixels": Procedure(quality, version=1),
-    "endpoint_error": Procedure(quality, version=1),
-    "endpoint_accuracy": Procedure(endpoint_accuracy, version=1),
-    "floor_fd": Procedure(floor, version=1),
-    "floor_fd_pixels": Procedure(floor, version=1),
-    "trajectory_pca": Procedure(trajectory_pca, version=1),
-    "grid_search": Procedure(grid_search, version=1),
-    "local_error": Procedure(local_error, version=1),
-    "learned_r": Procedure(learned_r, version=1),
+    "fd": Procedure(quality, 1, _measure_quality),
+    "fd_pixels": Procedure(quality, 1, _measure_quality),
+    "endpoint_error": Procedure(quality, 1, _measure_quality),
+    "endpoint_accuracy": Procedure(endpoint_accuracy, 1, _measure_accuracy),
+    "floor_fd": Procedure(floor, 1),
+    "floor_fd_pixels": Procedure(floor, 1),
+    "trajectory_pca": Procedure(trajectory_pca, 1, _measure_pca),
+    "grid_search": Procedure(grid_search, 1),
+    "local_error": Procedure(local_error, 1, _measure_local_error),
+    "learned_r": Procedure(learned_r, 1, _measure_r),
 }
 
 
 # --- running ------------------------------------------------------------------------------------
 
+# A result, a solution of the ODE and a predictor are files that tasks make, see `_tasks`. A task is
+# a function of a Run and a context that returns when its file is there, whoever made it.
 
-def compute(run: Run, results_dir=RESULTS, device=None, progress=True) -> list[Result]:
-    """Compute a Run, whatever the store holds; also what comes with it at no cost."""
-    device = best_device(device)
-    data = load_dataset(run.dataset, device)
-    context = Context(data, Path(results_dir), device, progress)
+
+def _kept(path: Path, fingerprint: str, index: int) -> Path:
+    """Where the index-th block of a file is kept until the file is made.
+
+    Blocks of other code or weights have other names: they do not mix.
+    """
+    origin = _hash([BLOCKS, fingerprint])
+    return _unfinished(path) / f"{index}-{origin}.safetensors"
+
+
+def _unfinished(path: Path) -> Path:
+    """The folder of what belongs to a file that is not finished."""
+    return path.with_suffix(".blocks.partial")
+
+
+def _fingerprint(data: Dataset) -> str:
+    return f"code {code_fingerprint()}, weights {data.fingerprint}"
+
+
+def _finish_predictor(run: Run, context: Context) -> None:
+    context.intermediate(run)
+
+
+def _finish_solution_block(run: Run, context: Context, index: int) -> torch.Tensor | None:
+    path = solution_path(run, context.results_dir)
+    if path.is_file():
+        return None
+    kept = _kept(path, _fingerprint(context.data), index)
+    try:
+        return load_tensors(kept)[0]["x"]
+    except ValueError:  # there is none, or none that can be read
+        block = _solve_block(run, context, index)
+        save_tensors(kept, {"x": block}, {})
+        return block
+
+
+def _finish_solution(run: Run, context: Context) -> None:
+    path = solution_path(run, context.results_dir)
+    blocks = [_finish_solution_block(run, context, i) for i in range(BLOCKS)]
+    if not path.is_file():
+        save_tensors(path, {"x": torch.cat(blocks)}, {"what": json.dumps(_solution(run))})
+    shutil.rmtree(_unfinished(path), ignore_errors=True)
+
+
+def _finish_block(run: Run, context: Context, index: int) -> Block | None:
+    path = result_path(run, context.results_dir)
+    if path.is_file():
+        return None
+    kept = _kept(path, _fingerprint(context.data), index)
+    block = _load_block(kept)
+    if block is None:
+        block = make_block(run, context, index)
+        _save_block(kept, block)
+    return block
+
+
+def _finish(run: Run, context: Context) -> None:
+    """Join the blocks of a Run, of which those that are missing are made, and save its results."""
+    path = result_path(run, context.results_dir)
+    if load_result(run, context.results_dir) is None:
+        number = BLOCKS if PROCEDURES[run.metric].measure else 0
+        blocks = [_finish_block(run, context, i) for i in range(number)]
+        for result in [] if path.is_file() else _results(run, context, blocks):
+            save_result(result, context.results_dir)
+    shutil.rmtree(_unfinished(path), ignore_errors=True)
+
+
+def _results(run: Run, context: Context, blocks: list[Block]) -> list[Result]:
+    """The result of a Run, and of what comes with it at no cost."""
     start = time.perf_counter()
-    if run.predictor is not None or run.r == "searched":  # not part of the Run's seconds
-        context.intermediate(run)
-        start = time.perf_counter()
-    measured = PROCEDURES[run.metric].compute(run, context)
-    seconds = time.perf_counter() - start
+    measured = PROCEDURES[run.metric].compute(run, context, blocks)
+    seconds = time.perf_counter() - start + sum(block.seconds for block in blocks)
+    for metric, found in measured.items():
+        require(bool(np.isfinite(found.value)), f"the value of {metric}", found.value, "finite")
+    devices = {block.device for block in blocks} or {_device_name(context.device)}
     return [
         Result(
             run.with_metric(metric),
-            **asdict(value),
+            **asdict(found),
             seconds=round(seconds, 3),
-            device=_device_name(device),
+            device=", ".join(sorted(devices)),
             versions=_versions(),
-            fingerprint=f"code {code_fingerprint()}, weights {data.fingerprint}",
+            fingerprint=_fingerprint(context.data),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        for metric, value in measured.items()
+        for metric, found in measured.items()
     ]
 
 
-def run(what: Run, results_dir=RESULTS, device=None, progress=True) -> Result:
-    """One number: from the store, or computed and stored.
+def _context(run: Run, results_dir, device, progress=False) -> Context:
+    device = best_device(device)
+    return Context(load_dataset(run.dataset, device), Path(results_dir), device, progress)
+
+
+def _work(finish: Callable, run: Run, results_dir: Path, device, *index: int) -> None:
+    """What a worker is called with."""
+    torch.set_num_threads(1)
+    threadpool_limits(1)
+    problem = _hindrance(results_dir)
+    if problem:
+        raise ValueError(problem)
+    _look_again(results_dir)
+    finish(run, _context(run, results_dir, device), *index)
+
+
+def _hindrance(results_dir: Path, mark: str = "", code: str | None = None) -> str | None:
+    """Why a worker cannot share in a study; ``None`` if it can.
+
+    Args:
+        mark: the name of a file that was just made in ``results_dir``.
+        code: fingerprint of the code that the study runs.
+    """
+    host = socket.gethostname()
+    if not (results_dir / mark).exists():
+        return (
+            f"results_dir must be a folder that all machines see; {str(results_dir)!r} was given, "
+            f"and a worker on {host} does not see it."
+        )
+    if code not in (None, code_fingerprint()):
+        return (
+            "All workers must have the same amedlib; that of a worker on "
+            f"{host} has the fingerprint {code_fingerprint()}, not {code}."
+        )
+    return None
+
+
+def _look_again(results_dir: Path) -> None:
+    """Make a network file system ask what is in the store; it remembers what was not there."""
+    for _ in os.walk(results_dir):
+        pass
+
+
+def _tasks(what: Run, results_dir: Path, device, fingerprint: str) -> dict[str, Task]:
+    """The tasks that lead to the result of a Run, by the path of the file that each makes.
+
+    Those that other tasks wait for go first. What is there already is no task.
+    """
+    tasks: dict[str, Task] = {}
+
+    def add(path, finish, *index, needs=(), priority=1):
+        if not path.is_file():
+            arguments = finish, what, results_dir, device, *index
+            tasks[str(path)] = Task(_work, arguments, tuple(map(str, needs)), priority)
+        return path
+
+    def add_blocks(path, finish, **how):
+        kept = [_kept(path, fingerprint, i) for i in range(BLOCKS)]
+        return [add(each, finish, i, **how) for i, each in enumerate(kept)]
+
+    needs, path = [], result_path(what, results_dir)
+    if what.r == "searched":
+        tasks |= _tasks(what.search(), results_dir, device, fingerprint)
+        needs.append(result_path(what.search(), results_dir))
+    if what.predictor is not None:
+        needs.append(add(predictor_path(what, results_dir), _finish_predictor))
+    procedure = PROCEDURES[what.metric]
+    if procedure.compute is quality and "endpoint_error" in _qualities(what):
+        solution = solution_path(what, results_dir)
+        if not solution.is_file():
+            add(solution, _finish_solution, needs=add_blocks(solution, _finish_solution_block))
+        needs.append(solution)
+    if procedure.measure:
+        needs += add_blocks(path, _finish_block, needs=needs, priority=0)
+    add(path, _finish, needs=needs)
+    return tasks
+
+
+def compute(run: Run, results_dir=RESULTS, device=None, progress=True) -> list[Result]:
+    """Compute a Run, whatever the store holds; also what comes with it at no cost.
+
+    A predictor, a search or a solution of the ODE that it needs is taken from the store, or made
+    and kept there.
+    """
+    context = _context(run, results_dir, device, progress)
+    with one_thread():
+        number = BLOCKS if PROCEDURES[run.metric].measure else 0
+        return _results(run, context, [make_block(run, context, i) for i in range(number)])
+
+
+def _complete(runs: list[Run], results_dir, device, progress, cluster, executor):
+    """Results by key; Runs whose computation failed, with the error; and how many there were."""
+    check_cluster(cluster)
+    results_dir = Path(results_dir).absolute()
+    results = {what.key: load_result(what, results_dir) for what in runs}
+    missing = {what.key: what for what in runs if results[what.key] is None}
+    if not missing:
+        return results, [], 0
+    check_writable(results_dir)
+    # A data set whose files cannot be had is found out before any work starts.
+    here = cluster is None and executor is None
+    fingerprints = {}
+    for name in {what.dataset for what in missing.values()}:
+        data = load_dataset(name, best_device(device) if here else "cpu")
+        fingerprints[name] = _fingerprint(data)
+        if any(what.metric == "fd" for what in missing.values()):
+            _ = data.reference
+    # Runs that differ in the metric only are computed together, as the first of them.
+    groups: dict[str, list[Run]] = {}
+    for what in missing.values():
+        groups.setdefault(_leader(what).key, []).append(what)
+    tasks, of = {}, {}
+    for key, group in groups.items():
+        leader = _leader(group[0])
+        first = group[0] if load_result(leader, results_dir) else leader
+        of[key] = result_path(first, results_dir)
+        tasks |= _tasks(first, results_dir, device, fingerprints[first.dataset])
+    with one_thread(), connect(cluster, executor, device) as workers:
+        with tempfile.NamedTemporaryFile(dir=results_dir, prefix=".seen") as mark:
+            name, code = Path(mark.name).name, code_fingerprint()
+            for problem in workers.ask(_hindrance, results_dir, name, code):
+                if problem:
+                    raise ValueError(problem)
+        with tqdm(total=len(tasks), desc="blocks and trainings", disable=not progress) as bar:
+            failed = do(tasks, workers, bar.update)
+    _look_again(results_dir)
+    for what in missing.values():
+        results[what.key] = load_result(what, results_dir)
+    failures = []
+    for key, group in groups.items():
+        if any(results[what.key] is None for what in group):
+            error = failed.get(str(of[key])) or RuntimeError("its result is not in results_dir")
+            failures.append((group[0], error))
+            _mark_failed(of[key], error)
+    return results, failures, len(groups)
+
+
+def _mark_failed(path: Path, error: Exception) -> None:
+    """Say beside the blocks of a Run why it failed; its next attempt takes that away."""
+    try:
+        write_atomically(_unfinished(path) / "failed.txt", f"{error}\n".encode())
+    except OSError:  # the disk may be what failed
+        pass
+
+
+def run(
+    what: Run, results_dir=RESULTS, device=None, progress=True, cluster=None, executor=None
+) -> Result:
+    """One number: from the store, or computed and stored. Arguments as of ``run_all``.
 
     Raises:
-        ValueError: ``results_dir`` cannot be written, or the data set's files cannot be used.
+        ValueError: an argument is not of that form, or the data set's files cannot be used.
     """
-    stored = load_result(what, results_dir)
-    if stored is not None:
-        return stored
-    check_writable(results_dir)
-    found = {}
-    for result in compute(what, results_dir, device, progress):
-        save_result(result, results_dir)
-        found[result.run.metric] = result
-    return found[what.metric]
-
-
-def _run_in_worker(what, results_dir, device):
-    torch.set_num_threads(1)
-    return run(what, results_dir, device, progress=False)
+    results, failures, _ = _complete([what], results_dir, device, progress, cluster, executor)
+    for _, error in failures:
+        raise error
+    return results[what.key]
 
 
 def run_all(
@@ -769,58 +1086,50 @@ def run_all(
     device: str | None = None,
     executor: Executor | None = None,
     progress=True,
+    cluster: str | int | None = None,
 ) -> pd.DataFrame:
     """Many numbers: a row per Run, in the given order, with all fields and the Result itself.
 
-    What is missing from the store is computed, in this process or, with ``executor``, wherever it
-    runs its tasks. A failure is raised after all other Runs have finished.
+    What is missing from the store is computed, block by block; what Runs share, predictors, grid
+    searches and solutions of the ODE, once.
+
+    Args:
+        results_dir: the store; a folder that all workers see.
+        device: what is computed on; the GPU, if there is one, unless given.
+        executor: any ``concurrent.futures`` executor that does the work.
+        cluster: workers that do the work: ``None``, this process; ``"local"``, processes of this
+            machine, one per GPU or else one per core; a number, as many; the address of a Dask
+            scheduler, its workers.
+
+    Raises:
+        ValueError: an argument is not of that form, a data set's files cannot be used, or a worker
+            does not see ``results_dir``.
+        RuntimeError: some Runs failed; all others are in the store.
     """
     runs = list(runs)
-    results = {what.key: load_result(what, results_dir) for what in runs}
-    missing = {what.key: what for what in runs if results[what.key] is None}
-    if missing:
-        check_writable(results_dir)
-    # A data set whose files cannot be had is found out before any work starts.
-    for name in {what.dataset for what in missing.values()}:
-        data = load_dataset(name, "cpu" if executor else best_device(device))
-        if any(what.metric == "fd" for what in missing.values()):
-            _ = data.reference
-    # Runs that differ in the metric only are computed together, so one of them goes first.
-    groups: dict[str, list[Run]] = {}
-    for what in missing.values():
-        groups.setdefault(what.with_metric(_leader(what)).key, []).append(what)
-    failures = []
-    with tqdm(total=len(missing), desc="runs", disable=not progress or not missing) as bar:
-        if executor is None:
-            outcomes = ((group, None) for group in groups.values())
-        else:
-            futures = {
-                executor.submit(_run_in_worker, group[0], results_dir, device): group
-                for group in groups.values()
-            }
-            outcomes = ((futures[future], future) for future in as_completed(futures))
-        for group, future in outcomes:
-            try:
-                if future is not None:
-                    future.result()
-                for what in group:
-                    results[what.key] = run(what, results_dir, device, progress)
-            except Exception as error:
-                failures.append((group[0], error))
-            bar.update(len(group))
+    results, failures, number = _complete(runs, results_dir, device, progress, cluster, executor)
     if failures:
-        what, error = failures[0]
+        named = [
+            f"{_name(what)}: {str(error).rstrip('.') or type(error)}" for what, error in failures
+        ]
+        more = f"; and {len(named) - 5} more" if len(named) > 5 else ""
         raise RuntimeError(
-            f"{len(failures)} of {len(groups)} computations failed; the first was {what}: {error}"
-        ) from error
+            f"{len(failures)} of {number} computations failed, all others are stored: "
+            f"{'; '.join(named[:5])}{more}."
+        ) from failures[0][1]
     return pd.DataFrame([_row(results[what.key]) for what in runs])
 
 
-def _leader(what: Run) -> str:
-    """The first metric that the same procedure measures on this data set."""
+def _name(what: Run) -> str:
+    seed = "" if what.predictor is None else f", training seed {what.predictor['seed']}"
+    return f"{what.dataset}, {what.solver}, NFE {what.nfe}{seed} ({result_path(what).name})"
+
+
+def _leader(what: Run) -> Run:
+    """The Run of the first metric that the same procedure measures on this data set."""
     procedure = PROCEDURES[what.metric].compute
     names = describe(what.dataset).metrics if procedure is quality else PROCEDURES
-    return next(name for name in names if PROCEDURES[name].compute is procedure)
+    return what.with_metric(next(n for n in names if PROCEDURES[n].compute is procedure))
 
 
 def _row(result: Result) -> dict:

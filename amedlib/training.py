@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import ClassVar
 
@@ -95,6 +96,12 @@ class Training:
 
     def __post_init__(self):
         one_of("recipe", self.recipe, RECIPES)
+        for name in ("options", "teacher_options"):
+            value = getattr(self, name)
+            require(isinstance(value, dict), name, value, "a dictionary")
+        for name in ("afs", "uses_bottleneck"):
+            value = getattr(self, name)
+            require(isinstance(value, bool), name, value, "True or False")
         solver = make_solver(self.solver, **self.options)
         defaults = dict(RECIPES[self.recipe])
         defaults["teacher"] = "heun" if self.solver == "amed" else self.solver
@@ -123,6 +130,15 @@ class Training:
                 isinstance(value, int) and value >= 1, name, value, "a whole number of at least 1"
             )
         require(
+            isinstance(self.num_steps, int) and self.num_steps >= 2,
+            "num_steps",
+            self.num_steps,
+            "a whole number of at least 2 time points",
+        )
+        for name in ("scale_dir", "scale_time"):
+            value = getattr(self, name)
+            require(isinstance(value, Real) and 0 <= value < 1, name, value, "a bound in [0, 1)")
+        require(
             self.form == "release" or not (self.scale_dir or self.scale_time),
             "scale_dir and scale_time",
             (self.scale_dir, self.scale_time),
@@ -138,7 +154,12 @@ class Training:
         for name, value in whole.items() if self.objective == "endpoint" else ():
             given = getattr(self, name)
             require(given == value, name, given, f"{value!r} for the objective 'endpoint'")
-        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a positive number")
+        require(
+            isinstance(self.learning_rate, Real) and 0 < self.learning_rate < math.inf,
+            "learning_rate",
+            self.learning_rate,
+            "a positive number",
+        )
         require(
             isinstance(self.seed, int) and 0 <= self.seed < 1000,
             "seed",

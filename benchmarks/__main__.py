@@ -4,6 +4,10 @@ python -m benchmarks                       all but the CIFAR-10-sized network (s
 python -m benchmarks sampling              the loop against the bare network calls
 python -m benchmarks training              forward against reverse mode, both networks
 python -m benchmarks distance              the Frechet distance
+python -m benchmarks race                  against the released code's procedure, restated
+python -m benchmarks growth                by images, NFE, pixels and methods
+python -m benchmarks memory                by images
+python -m benchmarks cluster               by workers
 python -m benchmarks all --output FILE     everything, and the figures as JSON
 python -m benchmarks gpu                   the paper's networks on a GPU; into data/results/gpu
 """
@@ -23,12 +27,22 @@ from tqdm.auto import tqdm
 from amedlib.files import write_atomically
 from amedlib.study import RESULTS
 
-from . import distance, gpu, sampling, training
+from . import cluster, distance, gpu, growth, race, sampling, training
 
 PARTS = {
     "sampling": [sampling.rows],
     "training": [lambda: training.rows("digits"), lambda: training.rows("cifar10")],
     "distance": [distance.rows],
+    "race": [
+        lambda: race.training("digits"),
+        race.sampling,
+        race.distance,
+        race.table,
+        lambda: race.training("cifar10"),
+    ],
+    "growth": [growth.rows],
+    "memory": [growth.memory],
+    "cluster": [cluster.rows],
 }
 
 

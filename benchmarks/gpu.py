@@ -4,6 +4,7 @@ What does not fit or does not run is recorded with the type of its error; what t
 suffice for, as TimeoutError. ``amedlib.costs`` makes hours of the paper's tables from it.
 """
 
+import copy
 import gc
 import io
 import statistics
@@ -18,9 +19,11 @@ import amedlib
 from amedlib.checks import one_of, require
 from amedlib.costs import training_evaluations
 from amedlib.denoisers import adm, edm
-from amedlib.sampling import halved, in_precision, make_classes
+from amedlib.sampling import halved, in_precision, make_classes, make_latents
 from amedlib.training import Trainer, Training
 
+from . import official
+from .race import RELEASE
 from .sampling import Recorder
 from .timing import compare, ratio, seconds
 from .training import CIFAR10, FORMS, GRADIENTS
@@ -54,6 +57,14 @@ VARIANTS = {
     "float16, channels_last": {"precision": "float16", "channels_last": True},
 }
 COMPILED = {"float16, compiled": {"precision": "float16", "compiled": True}}
+# How the library trains in the race; the released code has float32 without TF32.
+RACERS = {
+    "float32, TF32 off": {"tf32": False},
+    "float16": {"precision": "float16"},
+    "float16, compiled": {"precision": "float16", "compiled": True},
+}
+# Networks that the restated procedure knows.
+RACED = ("cifar10", "ffhq", "imagenet64")
 # Nominal TFLOP/s without sparsity, from NVIDIA's data sheets; float32 outside the tensor cores.
 _H100 = {"float32": 67, "tf32": 494.7, "half": 989.4}
 _A100 = {"float32": 19.5, "tf32": 156, "half": 312}
@@ -252,6 +263,42 @@ def training(bench: Bench, names) -> Iterator[dict]:
             yield bench.measured({"dataset": name, "gradient": gradient}, fill)
 
 
+def race(bench: Bench, names) -> Iterator[dict]:
+    """A batch of training AMED-Solver, in turns with the released code's procedure, restated."""
+    for name in [name for name in names if name in RACED]:
+        for label, way in RACERS.items():
+
+            def fill(row, name=name, way=way):
+                net, shape = bench.network(name)
+                batch = 2 if bench.tiny else amedlib.describe(name).training.get("batch", 128)
+                precision = way.get("precision", "float32")
+                config = Training(batch=batch, images=batch, precision=precision, **RELEASE)
+                theirs = official.Trainer(net, config, shape, bench.device)
+                own = copy.deepcopy(net)
+                if way.get("compiled"):
+                    own.compile(backend="eager" if bench.tiny else "inductor")
+                labels = bench.labels(net)
+                ours = Trainer(own, config, shape, device=bench.device, labels=labels)
+                seeds = ours.seeds(0)
+
+                def step():
+                    with _tf32(way.get("tf32")):
+                        ours.step()
+
+                def released():
+                    with _tf32(False), torch.backends.cudnn.flags(benchmark=True, allow_tf32=False):
+                        theirs.step(make_latents(seeds, shape), labels(seeds))
+
+                found = compare(bench.waiting(step), bench.waiting(released), repeats=3)
+                row |= {"batch": batch, "at a time": ours.part, **ratio(*found)}
+                row |= {
+                    f"{side}, s": statistics.median(times)
+                    for side, times in zip(("ours", "official"), found, strict=True)
+                }
+
+            yield bench.measured({"dataset": name, "variant": label}, fill)
+
+
 def overhead(bench: Bench, names) -> Iterator[dict]:
     """The sampling loop against the bare network calls in it, with a predictor."""
     for name in names:
@@ -331,6 +378,7 @@ def parts(device: str, duration: float, names, tiny: bool) -> dict[str, list[Cal
     return {
         "rates": [lambda: rates(bench, names, VARIANTS)],
         "training": [lambda: training(bench, names)],
+        "race": [lambda: race(bench, names)],
         "overhead": [lambda: overhead(bench, names)],
         "features": [lambda: features(bench)],
         "compiled": [lambda: rates(bench, names, COMPILED)],

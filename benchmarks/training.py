@@ -42,7 +42,7 @@ def network(name: str):
         return data.denoiser, data.shape, 128, 4, 15
     torch.manual_seed(0)
     net = edm.build("EDMPrecond", CIFAR10).eval().requires_grad_(False)
-    return net, (3, 32, 32), 16, 2, 3
+    return net, (3, 32, 32), 16, 2, 2
 
 
 def trainer(net, shape, batch, points, form, gradient) -> Trainer:

@@ -4,11 +4,13 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from toys import TinyNet
 
+import amedlib
 from amedlib import costs, plans, plotting
 from amedlib.files import save_tensors
 from amedlib.study import Result, Run, predictor_path, save_result
@@ -143,6 +145,189 @@ def test_the_share_of_the_peak_is_known_for_listed_cards_only(gpu):
 def test_bad_arguments_are_refused(gpu, arguments, message):
     with pytest.raises(ValueError, match=message):
         gpu.parts(*arguments)
+
+
+# --- the race -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def race(benchmarks):
+    return benchmarks.race
+
+
+@pytest.fixture
+def net(gpu):
+    """EDM's network for CIFAR-10, small, in float64, with weights that let everything through."""
+    torch.manual_seed(0)
+    net = gpu.NETWORKS["cifar10"][0](gpu.TINY).eval().requires_grad_(False).double()
+    for weight in net.parameters():
+        weight += 0.1 * torch.randn_like(weight)
+    return net
+
+
+def students(race):
+    options = dict(race.STUDENTS) | {
+        "iPNDM of order 2": {"solver": "ipndm", "options": {"order": 2}}
+    }
+    return options.items()
+
+
+def test_both_sides_of_the_race_have_equal_gradients(race, net):
+    for student, options in students(race):
+        for gradient in ("reverse", "forward"):
+            config = Training(batch=3, num_steps=4, gradient=gradient, **race.RELEASE, **options)
+            found = race.gradients(net, config, (3, 8, 8), torch.float64)
+            assert found < 1e-10, (student, gradient)
+
+
+def test_unequal_gradients_would_be_noticed(race, net):
+    """The paper's recipe goes on from the student, the restated code from the teacher."""
+    config = Training(batch=3, start="student", **race.RELEASE)
+    assert race.gradients(net, config, (3, 8, 8), torch.float64) > 1e-6
+
+
+def test_both_sides_of_the_race_train_the_same_predictor(race, net):
+    for student, options in students(race):
+        config = Training(batch=3, **race.RELEASE, **options)
+        both = race.Pair(net, config, (3, 8, 8), torch.float64)
+        for trainer in (both.ours, both.official):
+            trainer.predictor.double()
+        for _ in range(3):
+            both.step_ours()
+            both.step_official()
+        ours, theirs = (t.predictor.state_dict() for t in (both.ours, both.official))
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-9, msg=student)
+        losses = torch.tensor(both.ours.log).flatten(0, 1)[:, :2]
+        torch.testing.assert_close(losses, torch.tensor(both.official.log), rtol=1e-6, atol=0)
+
+
+def test_both_sides_of_the_race_draw_the_same_samples(race, benchmarks, net):
+    latents = amedlib.make_latents(range(4), (3, 8, 8)).double()
+    for student, options in students(race):
+        config = Training(**race.RELEASE, **options)
+        torch.manual_seed(1)
+        predictor = amedlib.Predictor("release", net.bottleneck_size, 0.01, 0.2).double()
+        solver = amedlib.make_solver(config.solver, **config.options)
+        ours = amedlib.sample(net, latents, config.times(), solver, config.afs, predictor).x
+        theirs = benchmarks.official.sample(net, latents, config, predictor)
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9, msg=student)
+
+
+def test_the_released_procedure_makes_the_evaluations_that_are_shared_here(race, net):
+    """Per interval one more with AMED-Solver, but where AFS needs none; with iPNDM as many."""
+    counts = {}
+    for student, options in race.STUDENTS.items():
+        both = race.Pair(
+            net, Training(batch=3, **race.RELEASE, **options), (3, 8, 8), torch.float64
+        )
+        for side in ("ours", "official"):
+            calls = []
+            handle = net.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+            getattr(both, f"step_{side}")()
+            handle.remove()
+            counts[student, side] = len(calls)
+    extra = {name: counts[name, "official"] - counts[name, "ours"] for name in race.STUDENTS}
+    assert list(extra.values()) == [2, 3, 0]
+    assert counts["AMED-Solver", "official"] == 4 * 3 + 2 * 3 - 1
+
+
+def test_a_distance_through_files_is_the_one_in_memory(race):
+    data = amedlib.load_dataset("digits")
+    draw = {"latents": lambda latents: latents * 0.4}
+    ours = race.draw_distance(data, draw["latents"], range(1100))
+    theirs = race.draw_distance_officially(data, draw["latents"], range(1100))
+    assert theirs == pytest.approx(ours, rel=1e-9)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_files_hold_the_images_in_order(benchmarks, tmp_path, channels):
+    official = benchmarks.official
+    images = torch.randint(256, (5, channels, 8, 8), dtype=torch.uint8)
+    official.write_pngs(images, range(998, 1003), tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000000", "001000"]
+    read = torch.from_numpy(np.stack(list(official.Pictures(tmp_path))))
+    assert torch.equal(read, images)
+
+
+def test_a_small_race_is_run(race):
+    rows = [
+        *race.training("digits", 2, 2, {"AMED-Solver": race.STUDENTS["AMED-Solver"]}),
+        *race.sampling(repeats=2, batch=4),
+        *race.distance(repeats=2, samples=66),
+        *race.table(nfe=3, images=2, samples=66, repeats=2),
+    ]
+    assert all(row["ratio"] > 0 and row["ours, s"] > 0 and row["official, s"] > 0 for row in rows)
+    by_name = {row["what"]: row for row in rows}
+    assert by_name["samples to FD, AMED-Solver, 5 NFE"]["difference of FD"] < 1e-3
+    forward = by_name["training, AMED-Solver, forward"]
+    assert forward["memory ratio"] < 1 and forward["in float64"] < 1e-10
+
+
+def test_the_race_on_a_gpu_is_tried(gpu):
+    bench = gpu.Bench("cpu", 1000, tiny=True)
+    rows = list(gpu.race(bench, ["imagenet64", "lsun_bedroom"]))
+    assert [row["variant"] for row in rows] == list(gpu.RACERS)
+    assert not [row for row in rows if "failed" in row]
+    assert all(row["ratio"] > 0 for row in rows)
+
+
+# --- growth --------------------------------------------------------------------------------------
+
+
+def test_growth_is_fitted(benchmarks):
+    few = {"images": ((20, 40),), "NFE": ((3, 6), 2), "pixels": ((4, 8), 2)}
+    rows = {
+        row["quantity"]: row
+        for row in benchmarks.growth.rows(1, **few, methods=(("euler", "amed", "unipc"), 2))
+    }
+    assert rows["images"]["values"] == [20, 40]
+    assert rows["NFE"]["values"] == [3, 6]
+    assert rows["pixels"]["values"] == [16, 64]
+    assert rows["methods"]["values"] == [1, 2, 3]
+    for row in rows.values():
+        slope = np.log(row["seconds"][-1] / row["seconds"][-2])
+        slope /= np.log(row["values"][-1] / row["values"][-2])
+        assert row["at the end"] == pytest.approx(slope)
+        if len(row["values"]) == 2:
+            assert row["exponent"] == pytest.approx(slope)
+
+
+def test_varied_calls_make_as_many_evaluations_as_they_say(benchmarks):
+    growth, data = benchmarks.growth, amedlib.load_dataset("digits")
+    calls = []
+    handle = data.denoiser.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        for expected, vary in (
+            ([3, 12, 25], growth.evaluations(data, (3, 12, 25), 2)),
+            ([4, 8, 12], growth.methods(data, ("euler", "amed", "heun"), 2)),
+            ([3, 3, 6], growth.images(data, (20, 500, 501))),
+        ):
+            for count, (_, call) in zip(expected, vary, strict=True):
+                calls.clear()
+                call()
+                assert len(calls) == count
+    finally:
+        handle.remove()
+
+
+def test_pixels_are_all_the_same_work(benchmarks):
+    """The convolutions' products per pixel approach a constant from below: 4/3 of one level's."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    per_pixel = []
+    for side in (16, 32, 64):
+        net = benchmarks.growth.small_network(side)
+        assert net.bottleneck_size == (4, 4)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            net(torch.zeros(1, 3, side, side), torch.tensor(1.0))
+        per_pixel.append(counter.get_total_flops() / side**2)
+    assert max(per_pixel) / min(per_pixel) < 1.4
+
+
+def test_memory_does_not_grow_with_the_images(benchmarks):
+    few, many = (benchmarks.growth.peak(count)["tensors, MiB"] for count in (1000, 2000))
+    assert many == few
 
 
 # --- evaluations --------------------------------------------------------------------------------

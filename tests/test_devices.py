@@ -1,8 +1,6 @@
 """What a GPU asks for: nothing is read back, half precision, batches that fit. All on a CPU."""
 
 from contextlib import nullcontext
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +14,7 @@ from amedlib.metrics import Moments
 from amedlib.sampling import Sampler, in_precision, make_latents
 from amedlib.schedules import make_schedule
 from amedlib.solvers import make_solver
-from amedlib.study import Context, Run, _by_block
+from amedlib.study import Run, _blocks, add_up
 from amedlib.training import Trainer, Training
 
 SMALL = {"img_resolution": 8, "img_channels": 3, "model_channels": 16, "channel_mult": [1, 2]}
@@ -183,7 +181,6 @@ def test_forward_mode_has_the_gradient_of_reverse_mode_in_half_precision(network
 def blocks_with_room_for(room):
     """Moments of every block of a Run, where more than ``room`` samples do not fit at once."""
     run = Run(samples=70)  # blocks of seven
-    data = SimpleNamespace(batch=7)
     seen = []
 
     def measure(seeds):
@@ -193,7 +190,10 @@ def blocks_with_room_for(room):
         rows = make_latents(seeds, (1, 2, 2)).flatten(1)
         return {"a": Moments.of(rows), "b": Moments.of(rows[:, :1])}
 
-    return _by_block(run, Context(data, Path(), "cpu", progress=False), measure), seen
+    def counted(part):
+        return measure(part), 0
+
+    return [add_up(seeds.tolist(), 7, counted)[0] for seeds in _blocks(run)], seen
 
 
 @pytest.mark.parametrize("room", [1, 2, 5])

@@ -56,7 +56,7 @@ def test_the_whole_study_has_no_run_twice():
     "arguments, message",
     [
         ({"schedule": "linear"}, "schedule must be one of"),
-        ({"nfes": []}, "nfes and seeds must be not empty"),
+        ({"nfes": []}, "nfes must be a list that is not empty"),
         ({"nfes": [4]}, "nfe must be one that this method can have with AFS"),
         ({"names": ["Euler"]}, "method must be one of"),
         ({"n_samples": -1}, "samples must be a whole number"),

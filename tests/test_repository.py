@@ -111,6 +111,7 @@ def test_the_address_in_the_contents_is_everywhere():
 def sources():
     """All files of the repository, but not what was installed or built in the checkout."""
     passed_over = {".git", ".venv", ".venv-paper", "_build", "__pycache__", "amedlib.egg-info"}
+    passed_over |= {".hypothesis"}
     for folder, folders, names in os.walk(ROOT):
         if folder == str(ROOT / "data"):
             folders[:] = set(folders) - {"cache"}  # downloads

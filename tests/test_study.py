@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from faulty import toy_dataset
 from toys import TinyNet
 
-from amedlib import datasets, study
-from amedlib.metrics import Moments
+from amedlib import datasets, geometry, study
 from amedlib.study import (
     BLOCKS,
     Result,
@@ -22,7 +22,6 @@ from amedlib.study import (
     result_path,
     run,
 )
-from amedlib.training import squared_l2
 
 
 class Counting:
@@ -38,30 +37,6 @@ class Counting:
         if self.limit is not None and self.images > self.limit:
             raise KeyboardInterrupt
         return x / (1 + 4 * t**2)
-
-
-def toy_dataset(denoiser, batch=7):
-    shape = (1, 8, 8) if isinstance(denoiser, TinyNet) else (1, 2, 2)
-    real = torch.randn(300, *shape, generator=torch.manual_seed(0)) / 2
-    return datasets.Dataset(
-        name="toy",
-        title="a Gaussian",
-        paper="cifar10",
-        shape=shape,
-        load=None,
-        denoiser=denoiser,
-        to_images=lambda x: x.float(),
-        judge=lambda: (
-            lambda x: x.flatten(1)[:, :3],
-            {"fd": Moments.of(real.flatten(1)[:, :3]), "fd_pixels": Moments.of(real.flatten(1))},
-        ),
-        metrics=("fd", "fd_pixels", "endpoint_error"),
-        feature_distance_name="FD",
-        real_images=real,
-        distances=lambda loss: squared_l2,
-        batch=batch,
-        fingerprint="none",
-    )
 
 
 @pytest.fixture
@@ -109,6 +84,39 @@ def test_batches_do_not_matter(monkeypatch, tmp_path, toy):
         monkeypatch.setattr(study, "load_dataset", lambda name, device="cpu", data=data: data)
         values.append(run(RUN, tmp_path / str(batch), progress=False).value)
     np.testing.assert_allclose(values, values[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["dpm2", "ipndm", "unipc"])
+@pytest.mark.parametrize("afs", [False, True])
+def test_a_grid_search_in_batches_finds_the_same(name, afs):
+    net, latents = TinyNet(), study.make_latents(range(11), (1, 8, 8))
+    times = study.make_schedule(num_steps=4)
+    truth = geometry.accurate_solution(net, latents, times, study.make_schedule(num_steps=13))
+    given = net, latents, times, study.make_solver(name), truth, (0.2, 0.4, 0.6, 0.8), afs
+    whole, parts = geometry.grid_search(*given), geometry.grid_search(*given, batch=4)
+    assert parts.r.tolist() == whole.r.tolist()
+    for a, b in zip(parts[1:], whole[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("metric", ["fd", "grid_search"])
+def test_the_batch_is_halved_where_the_memory_is_small(toy, tmp_path, monkeypatch, metric):
+    what = Run(metric, solver="dpm2", nfe=4, r=0.5, samples=60)
+    monkeypatch.setattr(study, "GRID", (0.3, 0.5))
+    values, largest = [], []
+    for room in (6, 2):
+
+        def small(x, t, labels=None, room=room):
+            largest.append(len(x))
+            if len(x) > room:
+                raise torch.OutOfMemoryError("this device is small")
+            return toy(x, t)
+
+        data = toy_dataset(small, batch=6)
+        monkeypatch.setattr(study, "load_dataset", lambda name, device="cpu", data=data: data)
+        values.append(run(what, tmp_path / str(room), progress=False).value)
+    np.testing.assert_allclose(*values, rtol=1e-6)
+    assert set(largest) == {6, 3, 1}
 
 
 def test_a_killed_run_goes_on_from_its_last_block(toy, tmp_path):
@@ -202,16 +210,16 @@ def test_a_study_keeps_the_order_in_every_executor(toy, tmp_path):
 
 def test_a_failure_is_named_after_the_others_are_done(toy, tmp_path, monkeypatch):
     broken = replace(RUN, nfe=3)
-    whole = study.quality
+    whole = study.PROCEDURES["fd"].measure
 
     def failing(what, context):
         if what.nfe == 3:
             raise RuntimeError("out of order")
         return whole(what, context)
 
-    procedure = study.Procedure(failing, version=1)
+    procedure = replace(study.PROCEDURES["fd"], measure=failing)
     monkeypatch.setitem(study.PROCEDURES, "fd", procedure)
-    with pytest.raises(RuntimeError, match=r"1 of 2 computations failed.*nfe=3.*out of order"):
+    with pytest.raises(RuntimeError, match=r"1 of 2 computations failed.*NFE 3.*out of order"):
         study.run_all([broken, RUN], tmp_path, progress=False)
     assert load_result(RUN, tmp_path)
 
@@ -219,7 +227,7 @@ def test_a_failure_is_named_after_the_others_are_done(toy, tmp_path, monkeypatch
 def test_a_denoiser_that_gives_nan_gives_no_number(toy, tmp_path, monkeypatch):
     data = toy_dataset(lambda x, t, labels=None: x * float("nan"))
     monkeypatch.setattr(study, "load_dataset", lambda name, device="cpu": data)
-    with pytest.raises(ValueError, match="samples must be finite"):
+    with pytest.raises(ValueError, match="accurate solutions must be finite; .* step 1 of 10,"):
         run(RUN, tmp_path, progress=False)
     assert not list(tmp_path.rglob("*.json"))
 
@@ -240,11 +248,14 @@ def test_a_folder_that_cannot_be_written_is_refused_before_work(toy, tmp_path):
         ({"solver": "heun", "nfe": 3}, r"nfe must be .* without AFS \(2, 4, 6.*; 3 was given"),
         ({"solver": "heun", "nfe": 4, "afs": True}, r"with AFS \(1, 3, 5.*; 4 was given"),
         ({"solver": "amed", "nfe": 4}, "r and predictor must be given"),
-        ({"nfe": 0}, "nfe must be a whole number of at least 1; 0 was given"),
-        ({"r": 1.0, "nfe": 4}, "r must be strictly between 0 and 1; 1.0 was given"),
+        ({"nfe": 0}, "nfe must be a whole number of at least 1 and at most 1,000; 0 was given"),
+        ({"r": 1.0, "nfe": 4}, "r must be strictly between 0 and 1, .*; 1.0 was given"),
         ({"r": (0.5,), "nfe": 4}, "the length of r must be the number of steps, 2; 1 was given"),
         ({"r": 0.5, "predictor": {}, "nfe": 4}, "given one at a time"),
-        ({"samples": 0}, "samples must be a whole number of at least 20; 0 was given"),
+        (
+            {"samples": 0},
+            "samples must be a whole number of at least 20 and at most .*; 0 was given",
+        ),
         ({"samples": -5}, "samples must be"),
         ({"sigma_min": 80.0}, "0 < sigma_min < sigma_max"),
         ({"options": {"order": 2}}, "options of solver 'euler' must be none; 'order' was given"),
@@ -303,6 +314,24 @@ def test_different_sample_counts_are_never_compared():
     c = made_up(1.0, range(10), first_seed=1)
     with pytest.raises(ValueError, match="the same for a paired difference"):
         difference([a], [c])
+
+
+def test_a_part_of_a_result_that_is_gone_comes_again(toy, tmp_path):
+    runs = [RUN.with_metric(metric) for metric in ("fd", "fd_pixels", "endpoint_error")]
+    first = study.run_all(runs, tmp_path, progress=False)
+    result_path(runs[1], tmp_path).unlink()
+    again = study.run_all(runs, tmp_path, progress=False)
+    assert again["value"].tolist() == first["value"].tolist()
+
+
+def test_blocks_of_other_code_are_not_used(toy, tmp_path, monkeypatch):
+    toy.limit = 60 * 10 + 4 * 33
+    with pytest.raises(KeyboardInterrupt):
+        run(RUN, tmp_path, progress=False)
+    monkeypatch.setattr(study, "code_fingerprint", lambda: "another")
+    toy.images, toy.limit = 0, None
+    assert run(RUN, tmp_path, progress=False).fingerprint == "code another, weights none"
+    assert toy.images == 4 * 60
 
 
 def test_files_that_cannot_be_had_are_reported_before_any_work(toy, tmp_path, monkeypatch):

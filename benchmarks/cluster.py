@@ -1,0 +1,138 @@
+"""How a study speeds up with its number of workers: measured on this machine, and simulated."""
+
+import heapq
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from amedlib import plans, study
+from amedlib.cluster import _local
+from amedlib.files import load_tensors
+from amedlib.study import BLOCKS, RESULTS, Run, load_result, predictor_path, run_all
+
+
+def rows(workers=(1, 2), samples=2000, repeats=3):
+    """Blocks per second of the digits with workers of one thread each; the start is not counted."""
+    runs = [Run("fd", "digits_uncentred", nfe=nfe, samples=samples) for nfe in (3, 4, 5, 6)]
+    seconds = {}
+    for number in workers:
+        with _local(number, "cpu") as there, tempfile.TemporaryDirectory() as folder:
+            how = {"device": "cpu", "progress": False, "cluster": there.scheduler_address}
+            # Every worker has imported and loaded what it needs before the clock starts.
+            run_all([replace(each, samples=200) for each in runs], Path(folder) / "first", **how)
+            times = []
+            for i in range(repeats):
+                start = time.perf_counter()
+                run_all(runs, Path(folder) / str(i), **how)
+                times.append(time.perf_counter() - start)
+        seconds[number] = min(times)
+        yield {
+            "workers": number,
+            "seconds": seconds[number],
+            "blocks/s": len(runs) * BLOCKS / seconds[number],
+            "times one worker": seconds[workers[0]] / seconds[number],
+        }
+
+
+def recorded(dataset: str = "digits", results_dir=RESULTS):
+    """The tasks of a whole study, and the seconds that each took where it was computed.
+
+    A block took a tenth of what is stored of its result. Parts of the ODE's solution, which stores
+    no time, took what `plans.accuracy_run` took per evaluation; trainings of early versions, which
+    store none either, what others took in the middle.
+    """
+    tasks = {}
+    with tempfile.TemporaryDirectory() as empty:  # where nothing is done yet
+        for what in plans.whole_study(dataset):
+            tasks |= study._tasks(study._leader(what), Path(empty), "cpu", "simulated")
+    accuracy = plans.accuracy_run(dataset)
+    points = study.SOLUTION["num_steps"] - 1
+    each = load_result(accuracy, results_dir).seconds / (accuracy.samples * points * 1.5)
+    seconds, unknown = {}, []
+    for key, task in tasks.items():
+        finish, what = task.arguments[:2]
+        if finish is study._finish_predictor:
+            path = predictor_path(what, results_dir)
+            stored = load_tensors(path)[1].get("seconds") if path.is_file() else None
+        elif finish is study._finish_solution_block:
+            stored = each * points * what.samples / BLOCKS
+        elif finish is study._finish_solution:
+            stored = 0.0
+        else:
+            result = load_result(what, results_dir)
+            split = study.PROCEDURES[what.metric].measure is not None
+            is_block = finish is study._finish_block
+            share = 1 / BLOCKS if is_block else 0.0 if split else 1.0
+            stored = result and share * result.seconds
+        if stored is None:
+            unknown.append(key)
+        else:
+            seconds[key] = float(stored)
+    for key in unknown:
+        alike = [s for k, s in seconds.items() if tasks[k].arguments[0] is tasks[key].arguments[0]]
+        seconds[key] = statistics.median(alike)
+    return tasks, seconds
+
+
+def makespan(tasks, seconds, workers: int) -> float:
+    """Seconds from the first task to the last, handed out in the order of `amedlib.cluster.do`."""
+    number = {key: i for i, key in enumerate(tasks)}
+    missing = {key: {n for n in task.needs if n in tasks} for key, task in tasks.items()}
+    dependents = {key: [] for key in tasks}
+    for key, needs in missing.items():
+        for need in needs:
+            dependents[need].append(key)
+    ready = [(-tasks[key].priority, number[key], key) for key in tasks if not missing[key]]
+    heapq.heapify(ready)
+    running, now = [], 0.0
+    while ready or running:
+        while ready and len(running) < workers:
+            key = heapq.heappop(ready)[-1]
+            heapq.heappush(running, (now + seconds[key], number[key], key))
+        now, _, key = heapq.heappop(running)
+        for each in dependents[key]:
+            missing[each].discard(key)
+            if not missing[each]:
+                heapq.heappush(ready, (-tasks[each].priority, number[each], each))
+    return now
+
+
+def longest_chain(tasks, seconds) -> tuple[float, list[str]]:
+    """The chain of tasks, each needed by the next, that takes longest; no cluster is faster."""
+    ends: dict[str, tuple[float, list[str]]] = {}
+    for key, task in tasks.items():  # what a task needs stands before it
+        before = max((ends[n] for n in task.needs if n in ends), default=(0.0, []))
+        ends[key] = before[0] + seconds[key], [*before[1], key]
+    return max(ends.values())
+
+
+def _called(task) -> str:
+    finish, what = task.arguments[:2]
+    if finish is study._finish_predictor:
+        training = what.training
+        return f"training on {training.images:,} images, {training.num_steps} time points"
+    if finish in (study._finish_solution_block, study._finish_solution):
+        return "block of the ODE's solution"
+    return "block of a Run" if study.PROCEDURES[what.metric].measure else what.metric
+
+
+def simulate(dataset: str = "digits", workers=(1, 8, 64, 512), results_dir=RESULTS):
+    """Speed-up and efficiency of the whole study by the number of workers, from recorded times."""
+    tasks, seconds = recorded(dataset, results_dir)
+    total = sum(seconds.values())
+    longest, chain = longest_chain(tasks, seconds)
+    steps = [key for key in chain if seconds[key] > 0]
+    named = ", then ".join(f"{_called(tasks[key])} ({seconds[key]:.0f} s)" for key in steps)
+    for number in workers:
+        span = makespan(tasks, seconds, number)
+        yield {
+            "workers": number,
+            "tasks": len(tasks),
+            "hours": span / 3600,
+            "speed-up": total / span,
+            "efficiency": total / span / number,
+            "shortest possible, hours": max(longest, total / number) / 3600,
+            "limited by": f"longest chain: {named}" if longest > total / number else "workers",
+        }

@@ -43,6 +43,7 @@ PARTS = {
     "growth": [growth.rows],
     "memory": [growth.memory],
     "cluster": [cluster.rows],
+    "simulation": [cluster.simulate],
 }
 
 

@@ -1,13 +1,15 @@
 """Figures and tables. One colour and marker per method everywhere; colours tell apart without red
 against green (after Okabe and Ito, 2008). Figures are vector graphics on a transparent ground."""
 
+import base64
+import io
 import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from IPython.display import Markdown, display
+from IPython.display import HTML, Markdown, display
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 from matplotlib_inline.backend_inline import set_matplotlib_formats
@@ -66,6 +68,14 @@ def glue(**numbers) -> None:
         return
     for name, value in numbers.items():
         to_book(name, value, display=False)
+
+
+def embedded(figure: Figure, alt: str) -> HTML:
+    """A figure as it can be glued into another page, which takes no vector graphics but in HTML."""
+    file = io.BytesIO()
+    figure.savefig(file, format="svg")
+    data = base64.b64encode(file.getvalue()).decode()
+    return HTML(f'<img alt="{alt}" src="data:image/svg+xml;base64,{data}">')
 
 
 def caption(text: str) -> None:

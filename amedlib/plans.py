@@ -411,11 +411,13 @@ class Question:
             where it has no fields the row of Table 2.
         nfes: where it is asked.
         names: of methods.
+        dataset: where it is asked, if on another data set than the study's.
     """
 
     variants: dict[str, dict]
     nfes: tuple[int, ...] = (5,)
     names: tuple[str, ...] = LEARNED
+    dataset: str | None = None
 
 
 QUESTIONS = {
@@ -450,6 +452,10 @@ QUESTIONS = {
         {"trained at this NFE": {}, "trained at 5 NFE": {"num_steps": 4}},
         nfes=(3, 7, 9),
     ),
+    "data": Question(
+        {"trained with labels": {}, "trained without labels": {"trained_on": "digits"}},
+        dataset="digits_conditional",
+    ),
 }
 
 
@@ -472,6 +478,7 @@ def beyond(
     """
     one_of("question", question, QUESTIONS)
     asked = QUESTIONS[question]
+    dataset = asked.dataset or dataset
     return concat(
         table2(
             dataset, [name], nfes or asked.nfes, seeds, n_samples, metric=metric, **fields
@@ -487,7 +494,10 @@ def beyond_all(dataset: str = "digits") -> list[pd.DataFrame]:
     for metric, n_samples in (("fd", None), ("endpoint_error", None), ("learned_r", 1000)):
         how = {"n_samples": n_samples, "metric": metric}
         asked = QUESTIONS if metric != "learned_r" else ("objective", "greedy", "transfer")
-        found += [beyond(question, dataset, **how) for question in asked]
+        for question in asked:
+            on = describe(QUESTIONS[question].dataset or dataset)
+            if metric in (*on.metrics, "learned_r"):
+                found.append(beyond(question, dataset, **how))
         found.append(table2(dataset, LEARNED, (5, 7), range(TRAININGS), **how))
     return found
 

@@ -39,7 +39,7 @@ from tqdm.auto import tqdm
 from amedlib import geometry
 from amedlib.checks import one_of, require
 from amedlib.cluster import Task, check_cluster, connect, do
-from amedlib.datasets import DATA, Dataset, describe, load_dataset
+from amedlib.datasets import DATA, DATASETS, Dataset, describe, load_dataset
 from amedlib.files import load_tensors, save_tensors, write_atomically
 from amedlib.intermediate import TimeWise
 from amedlib.metrics import Moments, jackknife_error, leave_one_out, moments_distance
@@ -79,7 +79,8 @@ class Run:
             is trained with here, none of them among those that are measured.
         predictor: learned intermediate: fields of ``Training`` that are not stated here; completed
             with what its recipe says, so that the Run names every one of them. Its ``num_steps`` is
-            the Run's own unless stated: that of another Run whose predictor serves here.
+            the Run's own unless stated: that of another Run whose predictor serves here. So may
+            ``trained_on``, a data set, be another than the Run's.
         samples: number of samples.
         first_seed: sample i is drawn from seed ``first_seed + i``.
         version: of the procedure; raised by hand when its meaning changes.
@@ -162,7 +163,8 @@ class Run:
         if self.predictor is not None:
             known = [f.name for f in fields(Training) if f.name not in _SHARED]
             for name in self.predictor:
-                one_of("a field of predictor", name, [*known, "num_steps"])
+                one_of("a field of predictor", name, [*known, "num_steps", "trained_on"])
+            one_of("trained_on of predictor", self.trained_on, DATASETS)
             full = asdict(self.training)
             if full["num_steps"] != self.num_steps:
                 require(
@@ -172,7 +174,8 @@ class Run:
                     f"the Run's own, {self.num_steps}, in the form 'table'",
                 )
                 known.append("num_steps")
-            object.__setattr__(self, "predictor", {name: full[name] for name in known})
+            predictor = {name: full[name] for name in known}
+            object.__setattr__(self, "predictor", predictor | self._elsewhere)
         self.times()
 
     @property
@@ -191,7 +194,18 @@ class Run:
     def training(self) -> Training:
         """The training of the predictor."""
         shared = {name: getattr(self, name) for name in _SHARED}
-        return Training(**shared | self.predictor)
+        stated = {name: value for name, value in self.predictor.items() if name != "trained_on"}
+        return Training(**shared | stated)
+
+    @property
+    def trained_on(self) -> str:
+        """The data set that the predictor was trained on."""
+        return (self.predictor or {}).get("trained_on", self.dataset)
+
+    @property
+    def _elsewhere(self) -> dict:
+        """That data set, if it is another one than the Run's."""
+        return {} if self.trained_on == self.dataset else {"trained_on": self.trained_on}
 
     def times(self) -> torch.Tensor:
         """The time points [N]."""
@@ -218,7 +232,7 @@ class Run:
         So a field that is added later leaves the results there are where they are. A default that
         is changed is found out when a result is loaded, since its file states every field.
         """
-        predictor = self.predictor and _changed(self.training)
+        predictor = self.predictor and _changed(self.training) | self._elsewhere
         return _hash(_changed(self) | {"metric": self.metric, "predictor": predictor})
 
     def with_metric(self, metric: str) -> "Run":
@@ -286,7 +300,8 @@ def result_path(run: Run, results_dir=RESULTS) -> Path:
 
 def predictor_path(run: Run, results_dir=RESULTS) -> Path:
     """Where the predictor of a Run is kept; Runs of one training share it."""
-    return _folder(results_dir, run) / "predictors" / f"{_hash(_changed(run.training))}.safetensors"
+    folder = Path(results_dir) / run.trained_on / "predictors"
+    return folder / f"{_hash(_changed(run.training))}.safetensors"
 
 
 def load_result(run: Run, results_dir=RESULTS) -> Result | None:
@@ -457,17 +472,19 @@ class Context:
             return TimeWise(run.r)
         if run.predictor is None:
             return None
-        training = run.training
+        training, data = run.training, self.data
+        if run.trained_on != run.dataset:
+            data = load_dataset(run.trained_on, self.device)
         with one_thread():
             return train(
-                self.data.denoiser,
+                data.denoiser,
                 training,
-                self.data.shape,
+                data.shape,
                 predictor_path(run, self.results_dir),
-                self.data.distances(training.loss),
+                data.distances(training.loss),
                 self.device,
                 self.progress,
-                self.data.labels,
+                data.labels,
             ).to(self.device)
 
 

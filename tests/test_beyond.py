@@ -80,7 +80,9 @@ def test_every_question_starts_from_the_row_of_table_2(question):
         planned["variant"].isin([v for v, fields in asked.variants.items() if not fields])
     ]
     for row in first.itertuples():
-        (what,) = plans.table2("digits", [row.method], [row.nfe], seeds=[0], **SAMPLES)["run"]
+        (what,) = plans.table2(
+            asked.dataset or "digits", [row.method], [row.nfe], seeds=[0], **SAMPLES
+        )["run"]
         assert row.run == what
 
 

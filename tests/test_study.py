@@ -344,3 +344,21 @@ def test_files_that_cannot_be_had_are_reported_before_any_work(toy, tmp_path, mo
     with pytest.raises(ValueError, match="its files are missing"):
         study.run_all([RUN, replace(RUN, dataset="digits_uncentred")], tmp_path, progress=False)
     assert toy.images == 0
+
+
+def test_a_predictor_of_another_data_set_serves_here(tmp_path):
+    """It is the very file of the other data set, and its Run is another one."""
+    training = {"recipe": "paper", "images": 32, "batch": 16}
+    fields = {"solver": "amed", "nfe": 5, "afs": True, "samples": 20}
+    own = Run(predictor=training, **fields)
+    lent = Run(dataset="digits_uncentred", predictor=training | {"trained_on": "digits"}, **fields)
+    alone = Run(dataset="digits_uncentred", predictor=training, **fields)
+    assert study.predictor_path(lent, tmp_path) == study.predictor_path(own, tmp_path)
+    assert len({own.key, lent.key, alone.key}) == 3 and lent.training == own.training
+    assert Run(predictor=training | {"trained_on": "digits"}, **fields) == own
+    study.run(lent, tmp_path, "cpu", progress=False)
+    assert study.predictor_path(own, tmp_path).is_file()
+    assert not study.predictor_path(alone, tmp_path).exists()
+    assert study.load_result(lent, tmp_path).run == lent
+    with pytest.raises(ValueError, match="trained_on of predictor must be one of"):
+        Run(predictor=training | {"trained_on": "mnist"}, **fields)

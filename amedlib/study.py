@@ -830,6 +830,26 @@ def learned_r(run: Run, context: Context, blocks: list[Block]) -> dict[str, Meas
     return {"learned_r": Measured(value, replicates, curves, run.nfe)}
 
 
+def _measure_first_slope(run: Run, context: Context) -> Callable:
+    denoiser, t = context.denoiser(run), run.times()[0]
+
+    def measure(seeds):
+        x = t * context.latents(seeds).double()
+        with torch.no_grad():
+            slope = (x - denoiser(x, t, context.labels(seeds))) / t
+        cosine = torch.cosine_similarity(slope.flatten(1), x.flatten(1))
+        return {"distance": Moments.of(1 - cosine[:, None])}, 1
+
+    return measure
+
+
+def first_slope(run: Run, context: Context, blocks: list[Block]) -> dict[str, Measured]:
+    """What the analytical first step neglects: 1 - cos of the angle between the slope at t_N and
+    x_N, in the mean over samples."""
+    value, replicates, _ = _curve_blocks(blocks, "distance", np.max)
+    return {"first_slope": Measured(value, replicates, nfe=1)}
+
+
 PROCEDURES = {
     "fd": Procedure(quality, 1, _measure_quality),
     "fd_pixels": Procedure(quality, 1, _measure_quality),
@@ -841,6 +861,7 @@ PROCEDURES = {
     "grid_search": Procedure(grid_search, 1),
     "local_error": Procedure(local_error, 1, _measure_local_error),
     "learned_r": Procedure(learned_r, 1, _measure_r),
+    "first_slope": Procedure(first_slope, 1, _measure_first_slope),
 }
 
 

@@ -362,3 +362,19 @@ def test_a_predictor_of_another_data_set_serves_here(tmp_path):
     assert study.load_result(lent, tmp_path).run == lent
     with pytest.raises(ValueError, match="trained_on of predictor must be one of"):
         Run(predictor=training | {"trained_on": "mnist"}, **fields)
+
+
+def test_the_first_slope_of_a_gaussian_points_as_its_closed_form_says(tmp_path, monkeypatch):
+    """D(x; t) = x / (1 + t^2) + t^2 mean / (1 + t^2) for data N(mean, 1)."""
+    mean, t = 3.0, 80.0
+
+    def denoiser(x, t, labels=None):
+        return (x + t**2 * mean) / (1 + t**2)
+
+    data = replace(datasets.load_dataset("digits"), denoiser=denoiser)
+    monkeypatch.setattr(study, "load_dataset", lambda name, device="cpu": data)
+    found = study.run(Run("first_slope", samples=20), tmp_path, "cpu", progress=False)
+    x = t * study.make_latents(range(20), data.shape).double().flatten(1).numpy()
+    slope = x - (x + t**2 * mean) / (1 + t**2)
+    cosine = (slope * x).sum(1) / np.linalg.norm(slope, axis=1) / np.linalg.norm(x, axis=1)
+    assert found.value == pytest.approx(1 - cosine.mean(), rel=1e-9)

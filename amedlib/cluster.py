@@ -95,7 +95,10 @@ def connect(cluster=None, executor: Executor | None = None, device=None) -> Iter
             "A cluster needs the packages of the cluster extra: pip install 'amedlib[cluster]'."
         ) from error
     if not isinstance(cluster, str) or cluster == "local":
-        with _local(None if cluster == "local" else cluster, device) as there, Client(there) as it:
+        with (
+            local_cluster(None if cluster == "local" else cluster, device) as there,
+            Client(there) as it,
+        ):
             yield _of_client(it)
         return
     try:
@@ -137,7 +140,7 @@ def _of_client(client) -> Workers:
 
 
 @contextmanager
-def _local(workers: int | None, device: str | None):
+def local_cluster(workers: int | None, device: str | None):
     """A Dask cluster of this machine; a worker that dies is started again."""
     import dask
     from distributed import Nanny, Scheduler, SpecCluster
@@ -177,6 +180,16 @@ def _died(error) -> bool:
     return type(error).__name__ == "KilledWorker"  # without importing it
 
 
+def links(tasks: dict[str, Task]) -> tuple[dict[str, set[str]], dict[str, list[str]]]:
+    """Of every task those that it needs and that are not done, and those that need it."""
+    missing = {key: {n for n in task.needs if n in tasks} for key, task in tasks.items()}
+    dependents = {key: [] for key in tasks}
+    for key, needs in missing.items():
+        for need in needs:
+            dependents[need].append(key)
+    return missing, dependents
+
+
 def do(tasks: dict[str, Task], workers: Workers, done: Callable[[], None]) -> dict[str, Exception]:
     """Do all tasks, each when those it needs are done; ``done()`` is called after each.
 
@@ -188,11 +201,7 @@ def do(tasks: dict[str, Task], workers: Workers, done: Callable[[], None]) -> di
         The keys of tasks that failed, or need one that did, with the error.
     """
     number = {key: i for i, key in enumerate(tasks)}
-    missing = {key: {n for n in task.needs if n in tasks} for key, task in tasks.items()}
-    dependents = {key: [] for key in tasks}
-    for key, needs in missing.items():
-        for need in needs:
-            dependents[need].append(key)
+    missing, dependents = links(tasks)
     ready, running, alone, tried, failed = [], {}, [], set(), {}
     finished: queue.SimpleQueue = queue.SimpleQueue()
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from amedlib import plans, study
-from amedlib.cluster import _local
+from amedlib.cluster import links, local_cluster
 from amedlib.files import load_tensors
 from amedlib.study import BLOCKS, RESULTS, Run, load_result, predictor_path, run_all
 
@@ -18,7 +18,7 @@ def rows(workers=(1, 2), samples=2000, repeats=3):
     runs = [Run("fd", "digits_uncentred", nfe=nfe, samples=samples) for nfe in (3, 4, 5, 6)]
     seconds = {}
     for number in workers:
-        with _local(number, "cpu") as there, tempfile.TemporaryDirectory() as folder:
+        with local_cluster(number, "cpu") as there, tempfile.TemporaryDirectory() as folder:
             how = {"device": "cpu", "progress": False, "cluster": there.scheduler_address}
             # Every worker has imported and loaded what it needs before the clock starts.
             run_all([replace(each, samples=200) for each in runs], Path(folder) / "first", **how)
@@ -79,11 +79,7 @@ def recorded(dataset: str = "digits", results_dir=RESULTS):
 def makespan(tasks, seconds, workers: int) -> float:
     """Seconds from the first task to the last, handed out in the order of `amedlib.cluster.do`."""
     number = {key: i for i, key in enumerate(tasks)}
-    missing = {key: {n for n in task.needs if n in tasks} for key, task in tasks.items()}
-    dependents = {key: [] for key in tasks}
-    for key, needs in missing.items():
-        for need in needs:
-            dependents[need].append(key)
+    missing, dependents = links(tasks)
     ready = [(-tasks[key].priority, number[key], key) for key in tasks if not missing[key]]
     heapq.heapify(ready)
     running, now = [], 0.0

@@ -119,7 +119,7 @@ def address():
     with dask.config.set({"distributed.worker.preload": [f"{faulty.HERE}/faulty.py"]}):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", os.pathsep.join([faulty.HERE, os.getcwd()]))
-            with cluster._local(2, "cpu") as there:
+            with cluster.local_cluster(2, "cpu") as there:
                 yield there.scheduler_address
 
 

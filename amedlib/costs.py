@@ -161,6 +161,21 @@ def rates(report: dict[str, pd.DataFrame]) -> dict[str, dict[str, float]]:
     return found | {name: found[same] for name, same in SAME_NETWORK.items() if same in found}
 
 
+def assumed(sizes: pd.DataFrame, teraflops: float) -> dict[str, dict[str, float]]:
+    """Images per second of a GPU with so many 10^12 operations per second, as from ``rates``.
+
+    An evaluation in training is taken to cost what it does in sampling; of Inception nothing is
+    said.
+
+    Args:
+        sizes: columns dataset and "GFLOP per evaluation", from ``python -m benchmarks sizes``.
+    """
+    kinds = ("sampling", "search", "training")
+    per_second = 1000 * teraflops / sizes.set_index("dataset")["GFLOP per evaluation"]
+    found = {name: dict.fromkeys(kinds, rate) for name, rate in per_second.items()}
+    return found | {name: found[same] for name, same in SAME_NETWORK.items() if same in found}
+
+
 def _rows(report, part) -> list[dict]:
     return report[part].to_dict("records") if part in report else []
 

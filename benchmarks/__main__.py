@@ -43,7 +43,8 @@ PARTS = {
     "growth": [growth.rows],
     "memory": [growth.memory],
     "cluster": [cluster.rows],
-    "simulation": [cluster.simulate],
+    "sizes": [gpu.sizes],
+    "simulation": [cluster.simulate, cluster.simulate_paper],
 }
 
 

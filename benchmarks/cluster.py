@@ -7,10 +7,16 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from amedlib import plans, study
+from amedlib import costs, plans, study
 from amedlib.cluster import links, local_cluster
+from amedlib.datasets import describe
 from amedlib.files import load_tensors
 from amedlib.study import BLOCKS, RESULTS, Run, load_result, predictor_path, run_all
+
+from . import gpu
+
+# Assumed of one GPU, not measured. Hours are in proportion to it; efficiency does not depend on it.
+TERAFLOPS = 100
 
 
 def rows(workers=(1, 2), samples=2000, repeats=3):
@@ -114,9 +120,53 @@ def _called(task) -> str:
     return "block of a Run" if study.PROCEDURES[what.metric].measure else what.metric
 
 
+def counted(seeds=plans.SEEDS):
+    """The tasks of the paper's Tables 2 to 13, and the seconds of each at ``TERAFLOPS``.
+
+    Evaluations and their floating point operations are counted, see `costs` and `gpu.size`; one in
+    training costs what it does in sampling, Inception and LPIPS cost nothing. Data sets whose
+    network `gpu.NETWORKS` does not have are left out.
+    """
+    tasks, seconds = {}, {}
+    with tempfile.TemporaryDirectory() as empty:  # where nothing is done yet
+        for number in range(2, 14):
+            for dataset in plans.published(f"table{number}")["dataset"].unique():
+                if costs.SAME_NETWORK.get(dataset, dataset) in gpu.NETWORKS:
+                    for what in costs.planned_table(number, dataset, seeds=seeds)["run"]:
+                        leader = study._leader(what)
+                        tasks |= study._tasks(leader, Path(empty), "cpu", "simulated")
+    names = {task.arguments[1].dataset for task in tasks.values()}
+    each = {}
+    for name in names:
+        per_call = describe(name).evaluations_per_call
+        flop = 1e9 * gpu.size(costs.SAME_NETWORK.get(name, name))["GFLOP per evaluation"]
+        each[name] = per_call * flop / (TERAFLOPS * 1e12)
+    for key, task in tasks.items():
+        finish, what = task.arguments[:2]
+        if finish is study._finish_predictor:
+            evaluations = costs.training_evaluations(what.training)
+        elif finish is study._finish_block:
+            evaluations = what.nfe * what.samples / BLOCKS
+            evaluations /= describe(what.dataset).evaluations_per_call  # are in the NFE already
+        elif what.metric == "grid_search":
+            evaluations = costs.search_evaluations(what)
+        else:
+            evaluations = 0
+        seconds[key] = evaluations * each[what.dataset]
+    return tasks, seconds
+
+
 def simulate(dataset: str = "digits", workers=(1, 8, 64, 512), results_dir=RESULTS):
     """Speed-up and efficiency of the whole study by the number of workers, from recorded times."""
-    tasks, seconds = recorded(dataset, results_dir)
+    yield from _speed_up(f"{dataset}, recorded", *recorded(dataset, results_dir), workers)
+
+
+def simulate_paper(workers=(1, 8, 64, 512)):
+    """The same of the paper's tables on its own data sets, from counted operations."""
+    yield from _speed_up(f"paper, counted, {TERAFLOPS} TFLOP/s", *counted(), workers)
+
+
+def _speed_up(name, tasks, seconds, workers):
     total = sum(seconds.values())
     longest, chain = longest_chain(tasks, seconds)
     steps = [key for key in chain if seconds[key] > 0]
@@ -124,6 +174,7 @@ def simulate(dataset: str = "digits", workers=(1, 8, 64, 512), results_dir=RESUL
     for number in workers:
         span = makespan(tasks, seconds, number)
         yield {
+            "study": name,
             "workers": number,
             "tasks": len(tasks),
             "hours": span / 3600,

@@ -183,6 +183,12 @@ def size(name: str, changes: dict | None = None) -> dict[str, float]:
     return {"million parameters": millions, "GFLOP per evaluation": counter.get_total_flops() / 1e9}
 
 
+def sizes():
+    """The size of each network, a row per data set."""
+    for name in NETWORKS:
+        yield {"dataset": name, **size(name)}
+
+
 def peak_share(card: str, variant: dict, flops: float) -> float | None:
     """FLOP/s as a part of the card's nominal ones; ``None`` for a card that is not listed."""
     peaks = PEAKS.get(card)

@@ -443,3 +443,16 @@ def test_time_spent_comes_from_the_store(tmp_path):
         "training": 8.0,
         "device": "a CPU",
     }
+
+
+def test_the_papers_tables_take_less_together_than_one_by_one():
+    """Cells that tables share are computed once; no table is left out."""
+    cluster = importlib.import_module("benchmarks.cluster")
+    sizes = importlib.import_module("benchmarks.gpu")
+    tasks, seconds = cluster.counted(seeds=(0,))
+    rates = costs.assumed(pd.DataFrame(sizes.sizes()), cluster.TERAFLOPS)
+    each = costs.project(costs.count_tables(seeds=(0,)), rates)["total"]
+    together = sum(seconds.values()) / 3600
+    assert 0.5 * each.sum() < together < each.sum()
+    assert together > each.max()
+    assert cluster.makespan(tasks, seconds, 1) / 3600 == pytest.approx(together)

@@ -406,7 +406,7 @@ def verdict_table(judged: pd.DataFrame):
         judged: of ``claims.judge``.
     """
     if judged.empty:
-        return _with_caption(judged[[]], "No claim of the paper about this table can be tested.")
+        return Markdown("*No claim of the paper about this table can be tested on this data set.*")
     cells = []
     for row in judged.itertuples():
         alone = "" if row.uncorrected == row.verdict else f" (alone {MARKS[row.uncorrected][0]})"

@@ -455,7 +455,7 @@ def test_claims_about_other_data_are_left_out():
     rows = [result(row.run, 5.0) for row in planned.itertuples()]
     judged = claims.judge("table8", planned.assign(result=rows))
     assert judged.empty
-    assert "No claim" in plotting.verdict_table(judged).to_html()
+    assert "No claim" in plotting.verdict_table(judged).data
 
 
 # --- claims that are no comparison of two cells ---------------------------------------------------

@@ -652,7 +652,8 @@ def _planned(source: str, dataset: str, metric: str) -> pd.DataFrame | None:
     if source in PRINTED:
         return plans.table(int(source.removeprefix("table")), dataset, metric=metric)
     own = {name: name for name in ("table1", "figure4", "figure5", "figure7")}
-    own |= {"figure10": "figure4", "centring": "first_slope"}  # the first: the same trajectories
+    own["figure10"] = "figure4"  # the same trajectories
+    own["centring"] = "first_slope"
     if source in own and metric == METRICS[0]:
         return getattr(plans, own[source])(dataset)
     return None

@@ -158,7 +158,7 @@ def rates(report: dict[str, pd.DataFrame]) -> dict[str, dict[str, float]]:
         }
         measured["search"] = measured["sampling"]
         found[name] = {kind: rate for kind, rate in measured.items() if rate}
-    return found | {name: found[same] for name, same in SAME_NETWORK.items() if same in found}
+    return _of_alike(found)
 
 
 def assumed(sizes: pd.DataFrame, teraflops: float) -> dict[str, dict[str, float]]:
@@ -172,8 +172,12 @@ def assumed(sizes: pd.DataFrame, teraflops: float) -> dict[str, dict[str, float]
     """
     kinds = ("sampling", "search", "training")
     per_second = 1000 * teraflops / sizes.set_index("dataset")["GFLOP per evaluation"]
-    found = {name: dict.fromkeys(kinds, rate) for name, rate in per_second.items()}
-    return found | {name: found[same] for name, same in SAME_NETWORK.items() if same in found}
+    return _of_alike({name: dict.fromkeys(kinds, rate) for name, rate in per_second.items()})
+
+
+def _of_alike(rates: dict) -> dict:
+    """The rates, and those of data sets whose network has the same architecture."""
+    return rates | {name: rates[same] for name, same in SAME_NETWORK.items() if same in rates}
 
 
 def _rows(report, part) -> list[dict]:

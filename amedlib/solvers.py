@@ -9,6 +9,7 @@ The ODE is dx/dt = e(x, t) with the slope e = (x - D(x; t)) / t (Eq. 6).
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
@@ -40,7 +41,7 @@ History = Sequence[Evaluation]
 
 
 @dataclass(frozen=True)
-class Solver:
+class Solver(ABC):
     """What all solvers share; ``order`` is the highest order that a step takes."""
 
     order: int = 1
@@ -74,6 +75,7 @@ class Solver:
         """Whether the ``step``-th step is corrected once its end has been evaluated."""
         return False
 
+    @abstractmethod
     def step(self, history: History, t_next: torch.Tensor, order: int, scale=1.0) -> torch.Tensor:
         """The state at ``t_next`` from the newest evaluation, ``history[-1]``.
 
@@ -83,7 +85,6 @@ class Solver:
             order: how many evaluations to use, see ``order_at``.
             scale: c_n of the final version of the paper, multiplies what the model contributes.
         """
-        raise NotImplementedError
 
 
 # --- single-step solvers: Table 1 ---------------------------------------------------------------
@@ -146,9 +147,9 @@ class TwoStage(Solver):
 class LinearMultistep(Solver):
     """x_next = x + sum_j c_j e_j over the newest ``order`` slopes; ``coefficients`` tells which."""
 
+    @abstractmethod
     def coefficients(self, times: Sequence[torch.Tensor], t_next: torch.Tensor) -> list:
         """c_j for the slopes taken at ``times``, newest first."""
-        raise NotImplementedError
 
     def step(self, history, t_next, order, scale=1.0):
         newest_first = list(reversed(history))[:order]
@@ -297,8 +298,9 @@ class ExponentialMultistep(Solver):
             return t_next / current.t * current.x, 1.0, h, -h
         return current.x, t_next, h, h
 
+    @abstractmethod
     def _higher_terms(self, history, h, hh):
-        raise NotImplementedError
+        """What the evaluations before the newest add to (expm1(hh) m_0)."""
 
     def step(self, history, t_next, order, scale=1.0):
         history = list(history)[-order:]

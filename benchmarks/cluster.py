@@ -1,13 +1,15 @@
 """How a study speeds up with its number of workers: measured on this machine, and simulated."""
 
 import heapq
-import statistics
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
+
 from amedlib import costs, plans, study
+from amedlib.checks import require
 from amedlib.cluster import links, local_cluster
 from amedlib.datasets import describe
 from amedlib.files import load_tensors
@@ -45,9 +47,11 @@ def rows(workers=(1, 2), samples=2000, repeats=3):
 def recorded(dataset: str = "digits", results_dir=RESULTS):
     """The tasks of a whole study, and the seconds that each took where it was computed.
 
-    A block took a tenth of what is stored of its result. Parts of the ODE's solution, which stores
-    no time, took what `plans.accuracy_run` took per evaluation; trainings of early versions, which
-    store none either, what others took in the middle.
+    A block took a tenth of what is stored of its result; parts of the ODE's solution, which stores
+    no time, what `plans.accuracy_run` took per evaluation.
+
+    Raises:
+        ValueError: a result or predictor of the study is not in the store.
     """
     tasks = {}
     with tempfile.TemporaryDirectory() as empty:  # where nothing is done yet
@@ -56,29 +60,21 @@ def recorded(dataset: str = "digits", results_dir=RESULTS):
     accuracy = plans.accuracy_run(dataset)
     points = study.SOLUTION["num_steps"] - 1
     each = load_result(accuracy, results_dir).seconds / (accuracy.samples * points * 1.5)
-    seconds, unknown = {}, []
+    seconds = {}
     for key, task in tasks.items():
         finish, what = task.arguments[:2]
         if finish is study._finish_predictor:
-            path = predictor_path(what, results_dir)
-            stored = load_tensors(path)[1].get("seconds") if path.is_file() else None
+            seconds[key] = float(load_tensors(predictor_path(what, results_dir))[1]["seconds"])
         elif finish is study._finish_solution_block:
-            stored = each * points * what.samples / BLOCKS
+            seconds[key] = each * points * what.samples / BLOCKS
         elif finish is study._finish_solution:
-            stored = 0.0
+            seconds[key] = 0.0
         else:
             result = load_result(what, results_dir)
+            require(result is not None, "the store", f"one without {what}", "a whole study")
             split = study.PROCEDURES[what.metric].measure is not None
             is_block = finish is study._finish_block
-            share = 1 / BLOCKS if is_block else 0.0 if split else 1.0
-            stored = result and share * result.seconds
-        if stored is None:
-            unknown.append(key)
-        else:
-            seconds[key] = float(stored)
-    for key in unknown:
-        alike = [s for k, s in seconds.items() if tasks[k].arguments[0] is tasks[key].arguments[0]]
-        seconds[key] = statistics.median(alike)
+            seconds[key] = result.seconds * (1 / BLOCKS if is_block else 0.0 if split else 1.0)
     return tasks, seconds
 
 
@@ -127,32 +123,27 @@ def counted(seeds=plans.SEEDS):
     training costs what it does in sampling, Inception and LPIPS cost nothing. Data sets whose
     network `gpu.NETWORKS` does not have are left out.
     """
+    rates = costs.assumed(pd.DataFrame(gpu.sizes()), TERAFLOPS)
     tasks, seconds = {}, {}
     with tempfile.TemporaryDirectory() as empty:  # where nothing is done yet
         for number in range(2, 14):
             for dataset in plans.published(f"table{number}")["dataset"].unique():
-                if costs.SAME_NETWORK.get(dataset, dataset) in gpu.NETWORKS:
+                if dataset in rates:
                     for what in costs.planned_table(number, dataset, seeds=seeds)["run"]:
                         leader = study._leader(what)
                         tasks |= study._tasks(leader, Path(empty), "cpu", "simulated")
-    names = {task.arguments[1].dataset for task in tasks.values()}
-    each = {}
-    for name in names:
-        per_call = describe(name).evaluations_per_call
-        flop = 1e9 * gpu.size(costs.SAME_NETWORK.get(name, name))["GFLOP per evaluation"]
-        each[name] = per_call * flop / (TERAFLOPS * 1e12)
     for key, task in tasks.items():
         finish, what = task.arguments[:2]
+        per_call = describe(what.dataset).evaluations_per_call
         if finish is study._finish_predictor:
-            evaluations = costs.training_evaluations(what.training)
+            evaluations = per_call * costs.training_evaluations(what.training)
         elif finish is study._finish_block:
             evaluations = what.nfe * what.samples / BLOCKS
-            evaluations /= describe(what.dataset).evaluations_per_call  # are in the NFE already
         elif what.metric == "grid_search":
-            evaluations = costs.search_evaluations(what)
+            evaluations = per_call * costs.search_evaluations(what)
         else:
             evaluations = 0
-        seconds[key] = evaluations * each[what.dataset]
+        seconds[key] = evaluations / rates[what.dataset]["sampling"]
     return tasks, seconds
 
 

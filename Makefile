@@ -16,6 +16,8 @@ MODELS_cifar10_small := train_cifar10.py
 export MALLOC_TRIM_THRESHOLD_ := 1073741824
 export MALLOC_MMAP_THRESHOLD_ := 33554432
 export OMP_WAIT_POLICY := PASSIVE
+# Modules are compiled when first imported (see below), which must be kept.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help book test test-paper models reproduce lint bench clean
 

@@ -103,13 +103,21 @@ def _trainings(measured) -> list[list[Result]]:
 
 
 def stored_tables(dataset: str, metric: str, results_dir=RESULTS) -> dict[str, pd.DataFrame]:
-    """What the store holds of Tables 2 to 9, whose trainings say how much trainings differ.
-
-    For digits with labels or guidance, trained once, those of the plain digits.
-    """
-    dataset = "digits" if dataset.startswith("digits_") else dataset
+    """What the store holds of Tables 2 to 9, whose trainings say how much trainings differ."""
     planned = {name: _planned(name, dataset, metric) for name in PRINTED[:8]}
     return {name: stored(p, results_dir) for name, p in planned.items() if p is not None}
+
+
+def known_noise(dataset: str, tables: dict[str, pd.DataFrame], metric: str, results_dir=RESULTS):
+    """``training_noise`` of a data set, or of the digits where none of its trainings was repeated.
+
+    Args:
+        tables: of ``stored_tables``.
+    """
+    noise = training_noise(tables.values())
+    if noise.empty and dataset != "digits":
+        noise = training_noise(stored_tables("digits", metric, results_dir).values())
+    return noise
 
 
 def pooled_noise(noise: pd.DataFrame, what: Run) -> tuple[float, int] | None:
@@ -288,7 +296,7 @@ def judge(source: str, measured: pd.DataFrame, results_dir=RESULTS, noise=None) 
     Args:
         measured: of the plan of ``source``; from ``measure`` or ``stored``.
         results_dir: where other trainings are looked up for predictors that were trained once.
-        noise: of ``training_noise``; found there unless given.
+        noise: of ``known_noise``; found there unless given.
 
     Returns:
         A row per comparison that was measured: the claim's columns with the names of what is
@@ -305,7 +313,7 @@ def judge(source: str, measured: pd.DataFrame, results_dir=RESULTS, noise=None) 
         once = any(len(some) == 1 and some[0].run.predictor for some in cells["results"])
         if once and noise is None:
             tables = stored_tables(first.dataset, first.metric, results_dir)
-            noise = training_noise(tables.values())
+            noise = known_noise(first.dataset, tables, first.metric, results_dir)
         pooled = partial(pooled_noise, noise) if once else None
         for claim in claims().to_dict("records"):
             if (
@@ -709,7 +717,7 @@ def ledger(dataset: str = "digits", results_dir=RESULTS) -> pd.DataFrame:
         Without a test, or without results, the verdict is "not run".
     """
     tables = {metric: stored_tables(dataset, metric, results_dir) for metric in METRICS}
-    noise = {metric: training_noise(frames.values()) for metric, frames in tables.items()}
+    noise = {m: known_noise(dataset, frames, m, results_dir) for m, frames in tables.items()}
     known: dict[tuple, tuple] = {}
 
     def tested(claim, source, metric):

@@ -12,9 +12,11 @@ from types import SimpleNamespace
 
 import pandas as pd
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from amedlib import plans
-from amedlib.datasets import describe
+from amedlib.datasets import describe, load_weights
+from amedlib.denoisers import edm
 from amedlib.files import load_tensors
 from amedlib.study import BLOCKS, RESULTS, Context, Run, grid_search, load_result, predictor_path
 from amedlib.training import Trainer, Training
@@ -132,6 +134,50 @@ def spent(planned: pd.DataFrame, results_dir=RESULTS) -> dict:
         "training": sum(seconds),
         "device": ", ".join(sorted({result.device for result in results if result})),
     }
+
+
+def on_gpu(dataset: str, processes: int, results_dir=RESULTS) -> pd.DataFrame:
+    """What the stored Table 2 of a model that was trained here took of a card, and its training.
+
+    Args:
+        processes: how many shared the card, each with its own clock.
+
+    Returns:
+        Rows: what was done; columns evaluations (of the training of the network: images), seconds
+        of the card, per second, TFLOP/s (counted operations; training takes three times those of
+        an evaluation).
+    """
+    metadata = load_weights("cifar10_edm.safetensors")[1]
+    network = json.loads(metadata["init_kwargs"])
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        shape = describe(dataset).shape
+        edm.build(metadata["precond_class"], network)(torch.empty(1, *shape), torch.empty(()))
+    runs, trained, _ = _parts(plans.table2(dataset))
+    found = [result for what in runs if (result := load_result(what, results_dir))]
+    known = [what for what in trained if predictor_path(what, results_dir).is_file()]
+    seconds = [float(load_tensors(predictor_path(w, results_dir))[1]["seconds"]) for w in known]
+    whole = json.loads(metadata["runs"])
+    rows = {
+        "training of the network": (
+            sum(run["images"] for run in whole),
+            sum(run["seconds"] for run in whole),
+            3,
+        ),
+        "sampling of Table 2": (
+            sum(result.run.nfe * result.run.samples for result in found),
+            sum(result.seconds for result in found) / processes,
+            1,
+        ),
+        "trainings of its predictors": (
+            sum(training_evaluations(what.training) for what in known),
+            sum(seconds) / processes,
+            None,  # one evaluation in each step is differentiated
+        ),
+    }
+    frame = pd.DataFrame(rows, index=["evaluations", "seconds", "factor"]).T
+    frame["per second"] = frame["evaluations"] / frame["seconds"]
+    frame["TFLOP/s"] = frame["per second"] * frame["factor"] * counter.get_total_flops() / 1e12
+    return frame.drop(columns="factor")
 
 
 # --- projection ---------------------------------------------------------------------------------

@@ -110,12 +110,16 @@ def main(arguments=None) -> None:
         given.output = RESULTS / "gpu" / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.json"
     print(pd.Series(report["machine"]).to_string())
     for name, benchmarks in parts.items():
-        report[name] = rows = []
+        rows = []
         for benchmark in benchmarks:
             for row in tqdm(benchmark(), name, leave=False):
                 rows.append(row)
+                report[name] = rows
                 if given.output:  # after every row: whatever ends this, what was measured stays
                     write_atomically(given.output, json.dumps(report, indent=1).encode())
+        if not rows:
+            print(f"\n{name}: not begun, the time is up", flush=True)
+            continue
         table = pd.DataFrame(rows)
         table = table if len(table) > 4 else table.T
         print(f"\n{name}\n{table.to_string(float_format='{:.4g}'.format)}", flush=True)

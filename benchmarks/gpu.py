@@ -1,7 +1,7 @@
 """How fast one card runs the paper's networks, here of true size and with random weights.
 
 What does not fit or does not run is recorded with the type of its error; what the time did not
-suffice for, as TimeoutError. ``amedlib.costs`` makes hours of the paper's tables from it.
+suffice for is left out. ``amedlib.costs`` makes hours of the paper's tables from it.
 """
 
 import copy
@@ -150,19 +150,22 @@ class Bench:
         yield
         row["peak GiB"] = (torch.cuda.max_memory_allocated() - before) / GIB
 
-    def measured(self, what: dict, function: Callable[[dict], None]) -> dict:
-        """A row that ``function`` fills in, or with the type of the error that it ended with."""
+    def measured(self, what: dict, function: Callable[[dict], None]) -> Iterator[dict]:
+        """A row that ``function`` fills in, or with the type of the error that it ended with.
+
+        After the deadline nothing is begun, and there is no row.
+        """
+        if time.monotonic() > self.deadline:
+            return
         row = dict(what)
         if self.is_cuda:  # a network that was compiled or failed may still be held by a cycle
             gc.collect()
             torch.cuda.empty_cache()
         try:
-            if time.monotonic() > self.deadline:
-                raise TimeoutError
             function(row)
         except Exception as error:
             row["failed"] = type(error).__name__
-        return row
+        yield row
 
 
 def shape_of(name: str, changes: dict) -> tuple[int, int, int]:
@@ -241,7 +244,7 @@ def rates(bench: Bench, names, variants: dict) -> Iterator[dict]:
                 if share is not None:
                     row["% of nominal peak"] = 100 * share
 
-            yield bench.measured({"dataset": name, "variant": label, **sizes}, fill)
+            yield from bench.measured({"dataset": name, "variant": label, **sizes}, fill)
 
 
 def training(bench: Bench, names) -> Iterator[dict]:
@@ -265,7 +268,7 @@ def training(bench: Bench, names) -> Iterator[dict]:
                 row |= {"evaluations": evaluations, "seconds per batch": per_batch}
                 row["images/s"] = batch * evaluations / per_batch
 
-            yield bench.measured({"dataset": name, "gradient": gradient}, fill)
+            yield from bench.measured({"dataset": name, "gradient": gradient}, fill)
 
 
 def race(bench: Bench, names, racers: dict) -> Iterator[dict]:
@@ -301,7 +304,7 @@ def race(bench: Bench, names, racers: dict) -> Iterator[dict]:
                     for side, times in zip(("ours", "official"), found, strict=True)
                 }
 
-            yield bench.measured({"dataset": name, "variant": label}, fill)
+            yield from bench.measured({"dataset": name, "variant": label}, fill)
 
 
 def overhead(bench: Bench, names) -> Iterator[dict]:
@@ -336,7 +339,7 @@ def overhead(bench: Bench, names) -> Iterator[dict]:
                 found = compare(bench.waiting(loop), bench.waiting(bare), repeats=3)
                 row |= {f"loop / bare calls, {k}": v for k, v in ratio(*found).items()}
 
-            yield bench.measured({"dataset": name, "solver": solver}, fill)
+            yield from bench.measured({"dataset": name, "solver": solver}, fill)
 
 
 def features(bench: Bench) -> Iterator[dict]:
@@ -361,7 +364,7 @@ def features(bench: Bench) -> Iterator[dict]:
         row["batch"], call = bench.largest(call_with, 2 if bench.tiny else 512)
         row["images/s"] = row["batch"] / bench.per_call(call)
 
-    yield bench.measured({"network": "Inception-v3, float32"}, fill)
+    yield from bench.measured({"network": "Inception-v3, float32"}, fill)
 
 
 def parts(device: str, duration: float, names, tiny: bool) -> dict[str, list[Callable]]:

@@ -433,7 +433,6 @@ class Question:
 OBJECTIVES = {"for the step": {}, "for the endpoint": {"objective": "endpoint"}}
 QUESTIONS = {
     "objective": Question(OBJECTIVES, nfes=(5, 7), names=("AMED-Plugin",)),
-    "objective, AMED-Solver": Question(OBJECTIVES, names=("AMED-Solver",)),
     # Free numbers, in which nothing but the objective differs between trainings.
     "greedy": Question(
         {
@@ -462,6 +461,7 @@ QUESTIONS = {
         {"trained at this NFE": {}, "trained at 5 NFE": {"num_steps": 4}},
         nfes=(3, 7, 9),
     ),
+    "objective, AMED-Solver": Question(OBJECTIVES, names=("AMED-Solver",)),
     "data": Question(
         {"trained with labels": {}, "trained without labels": {"trained_on": "digits"}},
         dataset="digits_conditional",

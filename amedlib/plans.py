@@ -354,6 +354,7 @@ def release(
 VARIANTS = {
     "AMED-Plugin, M = 1": ("AMED-Plugin", {"m": 1}),
     "AMED-Plugin, M = 2": ("AMED-Plugin", {}),
+    "AMED-Plugin, M = 4": ("AMED-Plugin", {"m": 4}),
     "AMED-Plugin, M = 2, loss on features": ("AMED-Plugin", {"loss": "features"}),
     "AMED-Plugin, M = 2, 20,000 images": ("AMED-Plugin", {"images": 20_000}),
     "AMED-Solver": ("AMED-Solver", {}),
@@ -464,6 +465,7 @@ QUESTIONS = {
     "objective, AMED-Solver": Question(OBJECTIVES, names=("AMED-Solver",)),
     "data": Question(
         {"trained with labels": {}, "trained without labels": {"trained_on": "digits"}},
+        names=("AMED-Plugin",),
         dataset="digits_conditional",
     ),
 }

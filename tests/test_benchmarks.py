@@ -12,6 +12,7 @@ from toys import TinyNet
 
 import amedlib
 from amedlib import costs, plans, plotting
+from amedlib.datasets import load_weights
 from amedlib.files import save_tensors
 from amedlib.study import Result, Run, predictor_path, save_result
 from amedlib.training import Trainer, Training
@@ -442,6 +443,21 @@ def test_time_spent_comes_from_the_store(tmp_path):
         "training": 8.0,
         "device": "a CPU",
     }
+
+
+def test_what_a_card_did_agrees_with_what_it_wrote_down():
+    found, shared = (costs.on_gpu("cifar10_small", processes=n) for n in (1, 4))
+    (run,) = json.loads(load_weights("cifar10_edm.safetensors")[1]["runs"])
+    training, sampling, _ = found.index
+    per_image = run["TFLOP/s"] / run["images_per_second"]
+    assert found.loc[training, "TFLOP/s"] == pytest.approx(
+        per_image * run["images"] / run["seconds"], rel=1e-3
+    )
+    cells = plans.table2("cifar10_small", seeds=[0])["run"]
+    assert found.loc[sampling, "evaluations"] == sum(10_000 * what.nfe for what in cells)
+    assert shared.loc[sampling, "per second"] == pytest.approx(
+        4 * found.loc[sampling, "per second"]
+    )
 
 
 def test_the_papers_tables_take_less_together_than_one_by_one():

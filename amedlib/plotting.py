@@ -396,7 +396,9 @@ MARKS = {
 
 def _with_caption(frame: pd.DataFrame, text: str):
     below = "caption-side: bottom; text-align: left; font-style: italic"
-    return frame.style.set_caption(text).set_table_styles([{"selector": "caption", "props": below}])
+    styles = {"caption": below, "th.row_heading.level1": "min-width: 8em"}
+    styles = [{"selector": name, "props": props} for name, props in styles.items()]
+    return frame.style.set_caption(text).set_table_styles(styles)
 
 
 def verdict_table(judged: pd.DataFrame):

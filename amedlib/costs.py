@@ -136,8 +136,8 @@ def spent(planned: pd.DataFrame, results_dir=RESULTS) -> dict:
     }
 
 
-def on_gpu(dataset: str, processes: int, results_dir=RESULTS) -> pd.DataFrame:
-    """What the stored Table 2 of a model that was trained here took of a card, and its training.
+def on_gpu(processes: int, results_dir=RESULTS) -> pd.DataFrame:
+    """What the small model of CIFAR-10 took of a card: its training, and its stored Table 2.
 
     Args:
         processes: how many shared the card, each with its own clock.
@@ -150,9 +150,9 @@ def on_gpu(dataset: str, processes: int, results_dir=RESULTS) -> pd.DataFrame:
     metadata = load_weights("cifar10_edm.safetensors")[1]
     network = json.loads(metadata["init_kwargs"])
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        shape = describe(dataset).shape
+        shape = describe("cifar10_small").shape
         edm.build(metadata["precond_class"], network)(torch.empty(1, *shape), torch.empty(()))
-    runs, trained, _ = _parts(plans.table2(dataset))
+    runs, trained, _ = _parts(plans.table2("cifar10_small"))
     found = [result for what in runs if (result := load_result(what, results_dir))]
     known = [what for what in trained if predictor_path(what, results_dir).is_file()]
     seconds = [float(load_tensors(predictor_path(w, results_dir))[1]["seconds"]) for w in known]

@@ -446,7 +446,7 @@ def test_time_spent_comes_from_the_store(tmp_path):
 
 
 def test_what_a_card_did_agrees_with_what_it_wrote_down():
-    found, shared = (costs.on_gpu("cifar10_small", processes=n) for n in (1, 4))
+    found, shared = (costs.on_gpu(processes=n) for n in (1, 4))
     (run,) = json.loads(load_weights("cifar10_edm.safetensors")[1]["runs"])
     training, sampling, _ = found.index
     per_image = run["TFLOP/s"] / run["images_per_second"]

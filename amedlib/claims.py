@@ -108,7 +108,9 @@ def stored_tables(dataset: str, metric: str, results_dir=RESULTS) -> dict[str, p
     return {name: stored(p, results_dir) for name, p in planned.items() if p is not None}
 
 
-def known_noise(dataset: str, tables: dict[str, pd.DataFrame], metric: str, results_dir=RESULTS):
+def known_noise(
+    dataset: str, tables: dict[str, pd.DataFrame], metric: str, results_dir=RESULTS
+) -> pd.DataFrame:
     """``training_noise`` of a data set, or of the digits where none of its trainings was repeated.
 
     Args:

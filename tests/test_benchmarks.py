@@ -74,6 +74,7 @@ def test_nothing_is_begun_when_the_time_is_up(benchmarks, tmp_path, capsys):
     )
     assert capsys.readouterr().out.count("not begun, the time is up") == 7
     assert not path.exists()
+    assert costs.rates({}) == {}
 
 
 def test_a_variant_that_fails_is_recorded_and_the_others_go_on(gpu):

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from amedlib.assets import Asset, fetch
 from amedlib.checks import one_of, require
+from amedlib.costs import evaluation_flops
 from amedlib.denoisers import edm
 from amedlib.denoisers.cifar10 import (
     COUNTS,
@@ -362,14 +362,6 @@ def read_checkpoint(folder: Path, about: dict) -> dict[str, torch.Tensor]:
     for file in about["files"]:
         stored |= load_tensors(folder / file)[0]
     return stored
-
-
-def evaluation_flops(init_kwargs: dict) -> int:
-    """Floating point operations of one evaluation of the network on one image, counted."""
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        net = edm.build("EDMPrecond", init_kwargs).eval()
-        net(torch.empty(1, 3, 32, 32), torch.empty(()))
-    return counter.get_total_flops()
 
 
 def device_name(device) -> str:

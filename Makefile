@@ -38,7 +38,7 @@ models: $(INSTALLED)  ## train the embedded models again; on a GPU DATASET=cifar
 	  cifar10_small; $(DATASET) was given))
 
 reproduce: $(INSTALLED)  ## compute every shipped result again and compare
-	$(BIN)/python -m amedlib.reproduce digits
+	$(BIN)/python -m amedlib.study.reproduce digits
 
 bench: $(INSTALLED)  ## measure speed and memory
 	$(BIN)/python -m benchmarks

@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from amedlib.checks import one_of, require
+from amedlib.checks import require
 from amedlib.intermediate import Intermediate, TimeWise
 from amedlib.solvers import Evaluation, Solver, TwoStage
 
@@ -51,47 +51,6 @@ def make_classes(seeds: Iterable[int], classes: int, device="cpu") -> torch.Tens
         torch.randint(classes, (), generator=generator.manual_seed(10**16 + seed)) for seed in seeds
     ]
     return torch.nn.functional.one_hot(torch.stack(drawn), classes).float().to(device)
-
-
-def halved(size: int, what: str, error: Exception) -> int:
-    """Half as many samples at a time, after the memory did not suffice for ``size``.
-
-    Raises:
-        RuntimeError: there is nothing left to halve.
-    """
-    if size == 1:
-        raise RuntimeError(
-            f"The device's memory does not suffice for {what} with a single sample: {error}"
-        ) from error
-    return size // 2
-
-
-PRECISIONS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-class _HalfPrecision:
-    def __init__(self, denoiser, dtype):
-        self.denoiser, self.dtype = denoiser, dtype
-
-    def __getattr__(self, name):
-        return getattr(self.denoiser, name)
-
-    def __call__(self, x, t, labels=None, **options):
-        with torch.autocast(x.device.type, self.dtype):
-            return self.denoiser(x, t, labels, **options)
-
-
-def in_precision(denoiser, precision: str):
-    """The denoiser with the matrix products of its network in half precision.
-
-    Normalisations, softmax and all outside the network stay as they are (``torch.autocast``).
-
-    Args:
-        precision: ``"float32"`` changes nothing; ``"float16"`` or ``"bfloat16"``.
-    """
-    one_of("precision", precision, PRECISIONS)
-    dtype = PRECISIONS[precision]
-    return denoiser if dtype is None else _HalfPrecision(denoiser, dtype)
 
 
 class Sampler:

@@ -17,9 +17,10 @@ from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from amedlib.checks import one_of, require
+from amedlib.compute import PRECISIONS, halved, in_precision
 from amedlib.files import load_tensors, save_tensors
 from amedlib.intermediate import FORMS, Intermediate, LearnedTable, Predictor
-from amedlib.sampling import PRECISIONS, Sampler, halved, in_precision, make_latents
+from amedlib.sampling import Sampler, make_latents
 from amedlib.schedules import make_schedule
 from amedlib.solvers import make_solver
 

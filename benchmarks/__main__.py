@@ -25,7 +25,7 @@ import torch
 from tqdm.auto import tqdm
 
 from amedlib.files import write_atomically
-from amedlib.study import RESULTS
+from amedlib.study.store import RESULTS
 
 from . import cluster, distance, gpu, growth, race, sampling, training
 

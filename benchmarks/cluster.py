@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from amedlib import costs, plans, study
 from amedlib.checks import require
-from amedlib.cluster import links, local_cluster
-from amedlib.datasets import describe
+from amedlib.datasets.entries import describe
 from amedlib.files import load_tensors
-from amedlib.study import BLOCKS, RESULTS, Run, load_result, predictor_path, run_all
+from amedlib.study import costs, execute, plans, procedures, published, store
+from amedlib.study.cluster import links, local_cluster
+from amedlib.study.execute import run_all
+from amedlib.study.run import BLOCKS, Run
+from amedlib.study.store import RESULTS, load_result, predictor_path
 
 from . import gpu
 
@@ -56,30 +58,30 @@ def recorded(dataset: str = "digits", results_dir=RESULTS):
     tasks = {}
     with tempfile.TemporaryDirectory() as empty:  # where nothing is done yet
         for what in plans.whole_study(dataset):
-            tasks |= study._tasks(study._leader(what), Path(empty), "cpu", "simulated")
+            tasks |= execute._tasks(execute._leader(what), Path(empty), "cpu", "simulated")
     accuracy = plans.accuracy_run(dataset)
-    points = study.SOLUTION["num_steps"] - 1
+    points = store.SOLUTION["num_steps"] - 1
     each = load_result(accuracy, results_dir).seconds / (accuracy.samples * points * 1.5)
     seconds = {}
     for key, task in tasks.items():
         finish, what = task.arguments[:2]
-        if finish is study._finish_predictor:
+        if finish is execute._finish_predictor:
             seconds[key] = float(load_tensors(predictor_path(what, results_dir))[1]["seconds"])
-        elif finish is study._finish_solution_block:
+        elif finish is execute._finish_solution_block:
             seconds[key] = each * points * what.samples / BLOCKS
-        elif finish is study._finish_solution:
+        elif finish is execute._finish_solution:
             seconds[key] = 0.0
         else:
             result = load_result(what, results_dir)
             require(result is not None, "the store", f"one without {what}", "a whole study")
-            split = study.PROCEDURES[what.metric].measure is not None
-            is_block = finish is study._finish_block
+            split = procedures.PROCEDURES[what.metric].measure is not None
+            is_block = finish is execute._finish_block
             seconds[key] = result.seconds * (1 / BLOCKS if is_block else 0.0 if split else 1.0)
     return tasks, seconds
 
 
 def makespan(tasks, seconds, workers: int) -> float:
-    """Seconds from the first task to the last, handed out in the order of `amedlib.cluster.do`."""
+    """Seconds from the first task to the last, in the order of `study.cluster.do`."""
     number = {key: i for i, key in enumerate(tasks)}
     missing, dependents = links(tasks)
     ready = [(-tasks[key].priority, number[key], key) for key in tasks if not missing[key]]
@@ -108,12 +110,12 @@ def longest_chain(tasks, seconds) -> tuple[float, list[str]]:
 
 def _called(task) -> str:
     finish, what = task.arguments[:2]
-    if finish is study._finish_predictor:
+    if finish is execute._finish_predictor:
         training = what.training
         return f"training on {training.images:,} images, {training.num_steps} time points"
-    if finish in (study._finish_solution_block, study._finish_solution):
+    if finish in (execute._finish_solution_block, execute._finish_solution):
         return "block of the ODE's solution"
-    return "block of a Run" if study.PROCEDURES[what.metric].measure else what.metric
+    return "block of a Run" if procedures.PROCEDURES[what.metric].measure else what.metric
 
 
 def counted(seeds=plans.SEEDS):
@@ -127,17 +129,17 @@ def counted(seeds=plans.SEEDS):
     tasks, seconds = {}, {}
     with tempfile.TemporaryDirectory() as empty:  # where nothing is done yet
         for number in range(2, 14):
-            for dataset in plans.published(f"table{number}")["dataset"].unique():
+            for dataset in published.published(f"table{number}")["dataset"].unique():
                 if dataset in rates:
                     for what in costs.planned_table(number, dataset, seeds=seeds)["run"]:
-                        leader = study._leader(what)
-                        tasks |= study._tasks(leader, Path(empty), "cpu", "simulated")
+                        leader = execute._leader(what)
+                        tasks |= execute._tasks(leader, Path(empty), "cpu", "simulated")
     for key, task in tasks.items():
         finish, what = task.arguments[:2]
         per_call = describe(what.dataset).evaluations_per_call
-        if finish is study._finish_predictor:
+        if finish is execute._finish_predictor:
             evaluations = per_call * costs.training_evaluations(what.training)
-        elif finish is study._finish_block:
+        elif finish is execute._finish_block:
             evaluations = what.nfe * what.samples / BLOCKS
         elif what.metric == "grid_search":
             evaluations = per_call * costs.search_evaluations(what)

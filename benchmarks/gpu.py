@@ -17,9 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import amedlib
 from amedlib.checks import one_of, require
-from amedlib.costs import training_evaluations
+from amedlib.compute import halved, in_precision
 from amedlib.denoisers import adm, edm
-from amedlib.sampling import halved, in_precision, make_classes, make_latents
+from amedlib.sampling import make_classes, make_latents
+from amedlib.study.costs import training_evaluations
 from amedlib.training import Trainer, Training
 
 from . import official

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 import amedlib
-from amedlib import plans
+from amedlib.datasets.inception import quantise_edm
 from amedlib.denoisers.digits import quantise
-from amedlib.inception import quantise_edm
 from amedlib.metrics import Moments, moments_distance
 from amedlib.sampling import make_latents, sample
+from amedlib.study import plans
 from amedlib.training import Trainer, Training
 
 from . import official

@@ -2,15 +2,16 @@
 
 from pathlib import Path
 
-from amedlib import paper, plans, plotting, run
+from amedlib import run
+from amedlib.study import execute, figures, page, plans, published, uncertainty
 
 TITLE = "ours: digits, 8x8"
 
 if __name__ == "__main__":
-    plotting.use_style()
-    ours = paper.estimates(paper.measure(plans.table2(), progress=False))
-    theirs = paper.paper_values("table2", "cifar10").rename(columns={"paper": "value"})
-    figure = plotting.against_nfe(
+    page.use_style()
+    ours = uncertainty.estimates(execute.measure(plans.table2(), progress=False))
+    theirs = published.paper_values("table2", "cifar10").rename(columns={"paper": "value"})
+    figure = figures.against_nfe(
         {TITLE: ours, "the paper: CIFAR-10": theirs},
         ["FD (digits features)", "FID"],
         levels={TITLE: ("EDM, 79 NFE", run(plans.limit_run(), progress=False).value)},

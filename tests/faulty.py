@@ -15,9 +15,11 @@ from pathlib import Path
 import torch
 from toys import TinyNet
 
-from amedlib import datasets, study
+from amedlib.datasets import entries, loaders
 from amedlib.metrics import Moments
-from amedlib.study import Run, run_all
+from amedlib.study import execute, procedures, store
+from amedlib.study.execute import run_all
+from amedlib.study.run import Run
 from amedlib.training import squared_l2
 
 HERE = str(Path(__file__).parent)
@@ -34,7 +36,7 @@ def toy_dataset(denoiser, batch=7):
     """A Gaussian of 2x2 pixels, or of 8x8 for a ``TinyNet``."""
     shape = (1, 8, 8) if isinstance(denoiser, TinyNet) else (1, 2, 2)
     real = torch.randn(300, *shape, generator=torch.manual_seed(0)) / 2
-    return datasets.Dataset(
+    return loaders.Dataset(
         name="toy",
         title="a Gaussian",
         paper="cifar10",
@@ -62,39 +64,40 @@ def install() -> None:
     process; FAULTS_SLOW: seconds that a block waits.
     """
     data = toy_dataset(TinyNet(), batch=10)
-    study.load_dataset = lambda name, device="cpu": data
-    study.SOLUTION = study.SOLUTION | {"num_steps": 5}
-    study.GRID = (0.3, 0.5, 0.7)
-    datasets.DATASETS["digits"].training["images"] = 20  # as many are searched on
-    whole = study.make_block
+    execute.load_dataset = lambda name, device="cpu": data
+    store.SOLUTION = store.SOLUTION | {"num_steps": 5}
+    procedures.GRID = (0.3, 0.5, 0.7)
+    entries.DATASETS["digits"].training["images"] = 20  # as many are searched on
+    whole = execute.make_block
 
     def make_block(run, context, index):
         if "FAULTS_LOG" in os.environ:
             with open(os.environ["FAULTS_LOG"], "a") as log:
-                log.write(f"{study.result_path(run).stem}/{index} {os.getpid()}\n")
+                log.write(f"{store.result_path(run).stem}/{index} {os.getpid()}\n")
         time.sleep(float(os.environ.get("FAULTS_SLOW", 0)))
         if str(run.nfe) == os.environ.get("FAULTS_DEADLY"):
             time.sleep(1)  # in the middle of its work
             os.kill(os.getpid(), signal.SIGKILL)
         return whole(run, context, index)
 
-    study.make_block = make_block
+    execute.make_block = make_block
 
 
 @contextmanager
 def installed():
     """The same for a while, in the process of a test."""
-    names = ("load_dataset", "SOLUTION", "GRID", "make_block")
-    before = {name: getattr(study, name) for name in names}
-    training = datasets.DATASETS["digits"].training
+    patched = [(execute, "load_dataset"), (store, "SOLUTION"), (procedures, "GRID")]
+    patched += [(execute, "make_block")]
+    before = [getattr(module, name) for module, name in patched]
+    training = entries.DATASETS["digits"].training
     images = training["images"]
     install()
     try:
         yield
     finally:
         training["images"] = images
-        for name, value in before.items():
-            setattr(study, name, value)
+        for (module, name), value in zip(patched, before, strict=True):
+            setattr(module, name, value)
 
 
 def dask_setup(worker) -> None:

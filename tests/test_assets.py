@@ -16,9 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from amedlib import assets, datasets
-from amedlib.assets import ASSETS, Asset, fetch
-from amedlib.datasets import DATA
+from amedlib.datasets import entries, files, loaders
+from amedlib.datasets.files import ASSETS, DATA, Asset, fetch
 
 NAME = "weights.pt"
 CONTENT = random.Random(0).randbytes(1_000_000)
@@ -99,7 +98,7 @@ def cache(tmp_path, monkeypatch):
     """An empty cache folder; no waiting between tries."""
     monkeypatch.setenv("AMED_DATA", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(assets, "BACKOFF", 0)
+    monkeypatch.setattr(files, "BACKOFF", 0)
     return tmp_path / "cache"
 
 
@@ -158,7 +157,7 @@ def test_a_broken_connection_is_resumed(cut, known, etag):
     assert path.read_bytes() == CONTENT
     (_, first), (asked, status, rest) = server.log[0][1:], server.log[1]
     kept = len(CONTENT) - rest
-    assert first == cut and cut - assets.CHUNK < kept <= cut
+    assert first == cut and cut - files.CHUNK < kept <= cut
     assert (asked, status) == ((f"bytes={kept}-", 206) if kept else (None, 200))
     assert len(server.log) == 2
 
@@ -295,22 +294,22 @@ def test_a_busy_server_is_asked_again():
 
 def test_waiting_times_grow(monkeypatch):
     waits = []
-    monkeypatch.setattr(assets, "BACKOFF", 1.0)
+    monkeypatch.setattr(files, "BACKOFF", 1.0)
     monkeypatch.setattr("tenacity.nap.time.sleep", waits.append)
-    with serving(plan=[503] * assets.TRIES) as server:
+    with serving(plan=[503] * files.TRIES) as server:
         with pytest.raises(ValueError, match="HTTP 503"):
             fetch(whole(server), progress=False)
-    assert waits == [1, 2, 4] and len(server.log) == assets.TRIES
+    assert waits == [1, 2, 4] and len(server.log) == files.TRIES
 
 
 @pytest.mark.parametrize("first", ["dead", "gone", "altered", "breaks off"])
 def test_the_next_mirror_is_tried(cache, first):
-    plan = {"gone": [404], "breaks off": [200_000] * assets.TRIES}.get(first, [])
+    plan = {"gone": [404], "breaks off": [200_000] * files.TRIES}.get(first, [])
     with serving(ALTERED if first == "altered" else CONTENT, plan) as bad, serving() as good:
         asset = whole(closed_port() if first == "dead" else bad, good)
         assert fetch(asset, progress=False).read_bytes() == CONTENT
     assert len(good.log) == 1
-    assert len(bad.log) == {"dead": 0, "breaks off": assets.TRIES}.get(first, 1)
+    assert len(bad.log) == {"dead": 0, "breaks off": files.TRIES}.get(first, 1)
     if first == "breaks off":  # and goes on where the first one stopped
         assert good.log[0][1] == 206
 
@@ -412,7 +411,7 @@ def test_a_full_disk_gets_one_sentence(cache):
 
 @pytest.mark.parametrize("progress", [True, False])
 def test_licence_and_size_are_announced_before_a_large_download(capsys, monkeypatch, progress):
-    monkeypatch.setattr(assets, "LARGE", len(CONTENT) - 1)
+    monkeypatch.setattr(files, "LARGE", len(CONTENT) - 1)
     with serving(plan=[300_000]) as server:
         fetch(whole(server), progress=progress)
     printed = capsys.readouterr()
@@ -421,7 +420,7 @@ def test_licence_and_size_are_announced_before_a_large_download(capsys, monkeypa
 
 
 def test_a_small_download_announces_nothing(capsys, monkeypatch):
-    monkeypatch.setattr(assets, "LARGE", len(CONTENT))
+    monkeypatch.setattr(files, "LARGE", len(CONTENT))
     with serving(plan=[300_000], ranges=False) as server:
         fetch(whole(server), progress=False)
     assert capsys.readouterr() == ("", "")
@@ -433,12 +432,12 @@ def test_the_cache_is_where_amed_data_says(tmp_path, monkeypatch):
         path = fetch(replace(whole(server), name="fid-refs/a.npz"), progress=False)
     assert path == tmp_path / "else/where/fid-refs/a.npz" and path.read_bytes() == CONTENT
     monkeypatch.delenv("AMED_DATA")
-    assert assets.cache_folder() == DATA / "cache"
+    assert files.cache_folder() == DATA / "cache"
 
 
 def test_the_registry():
-    wanted = {name for entry in datasets.DATASETS.values() for name in entry.assets}
-    assert set(ASSETS) == wanted | {datasets.INCEPTION, datasets.VGG}
+    wanted = {name for entry in entries.DATASETS.values() for name in entry.assets}
+    assert set(ASSETS) == wanted | {loaders.INCEPTION, loaders.VGG}
     for name, asset in ASSETS.items():
         assert asset.name == name and asset.licence
         assert asset.urls and all(url.startswith("https://") for url in asset.urls)

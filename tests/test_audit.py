@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from amedlib import audit, plans, plotting, study
-from amedlib.datasets import DATA
-from amedlib.study import BLOCKS, Result, save_result
+from amedlib.datasets.files import DATA
+from amedlib.study import audit, execute, figures, plans
+from amedlib.study.run import BLOCKS, Result
+from amedlib.study.store import save_result
 
 BLANK = {
     **dict.fromkeys(("teacher", "r", "M", "strategy", "guidance"), np.nan),
@@ -309,7 +310,7 @@ def test_gains_of_the_paper():
 @pytest.fixture
 def store(tmp_path, monkeypatch):
     """A store with iPNDM at 5 NFE, plain, with AFS and with both, and nothing else."""
-    monkeypatch.setattr(study, "compute", lambda *args: pytest.fail("something is computed"))
+    monkeypatch.setattr(execute, "compute", lambda *args: pytest.fail("something is computed"))
     planned = plans.table(9, "digits", [5], n_samples=40)
     values = {(False, False): 7.0, (True, False): 4.0, (True, True): 4.5}
     noise = np.random.default_rng(0).normal(size=(3, BLOCKS))
@@ -348,7 +349,7 @@ def test_an_empty_store_gives_no_gains(store, tmp_path):
 def test_the_figure_has_a_panel_per_frame():
     papers = audit.papers_gains()
     panels = {name: rows for name, rows in papers.groupby("dataset")}
-    figure = plotting.gains(panels, ["FID", "FID"])
+    figure = figures.gains(panels, ["FID", "FID"])
     assert [ax.get_title() for ax in figure.axes] == ["cifar10", "imagenet64"]
     assert [ax.get_ylabel() for ax in figure.axes] == ["FID", "FID"]
     drawn = np.concatenate([line.get_ydata() for line in figure.axes[0].lines]).astype(float)

@@ -11,10 +11,11 @@ import torch
 from toys import TinyNet
 
 import amedlib
-from amedlib import costs, plans, plotting
-from amedlib.datasets import load_weights
+from amedlib.datasets.loaders import load_weights
 from amedlib.files import save_tensors
-from amedlib.study import Result, Run, predictor_path, save_result
+from amedlib.study import costs, page, plans, published
+from amedlib.study.run import Result, Run
+from amedlib.study.store import predictor_path, save_result
 from amedlib.training import Trainer, Training
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,7 +61,7 @@ def test_everything_is_measured_and_kept(benchmarks, gpu, tmp_path):
     rows = [row for part in report if part != "machine" for row in report[part]]
     assert not [row for row in rows if "failed" in row]
 
-    found = costs.rates(plotting.benchmarks(path))
+    found = costs.rates(page.benchmarks(path))
     assert set(found) == {"lsun_bedroom", "lsun_cat"}
     for each in found.values():
         assert each["sampling"] == each["search"] == rates["float16"]
@@ -382,7 +383,7 @@ def test_every_table_of_the_paper_is_counted():
     assert list(counted["table"].unique()) == list(range(2, 14))
     table = counted.set_index(["table", "dataset"])
     # Table 8: its cells without those that DPM-Solver-2 cannot have, with 50,000 samples each.
-    cells = plans.published("table8")
+    cells = published.published("table8")
     cells = cells[(cells["method"] != "DPM-Solver-2") | cells["afs"]]
     found = table.loc[8, "lsun_bedroom"]
     assert found["sampling"] == 50_000 * cells["nfe"].sum()

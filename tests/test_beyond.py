@@ -3,9 +3,10 @@
 import pandas as pd
 import pytest
 
-from amedlib import plans, study
-from amedlib.datasets import DATA
-from amedlib.study import Run, load_result, predictor_path, result_path
+from amedlib.datasets.files import DATA
+from amedlib.study import execute, plans
+from amedlib.study.run import Run
+from amedlib.study.store import load_result, predictor_path, result_path
 from amedlib.training import Training, load_predictor
 
 SAMPLES = {"n_samples": 5000}
@@ -62,7 +63,7 @@ def test_a_moved_predictor_is_trained_once_and_its_r_follows_the_times(tmp_path)
     fields = {"metric": "learned_r", "solver": "amed", "afs": True, "samples": 20}
     rows = []
     for nfe in (3, 5, 7):
-        found = study.run(Run(nfe=nfe, predictor=learned, **fields), tmp_path, progress=False)
+        found = execute.run(Run(nfe=nfe, predictor=learned, **fields), tmp_path, progress=False)
         rows.append(found.curves["r"])
     assert [len(r) for r in rows] == [2, 3, 4]
     assert len(list((tmp_path / "digits" / "predictors").iterdir())) == 1

@@ -17,8 +17,11 @@ import pytest
 import torch
 from PIL import Image
 
-from amedlib import datasets, plans, study
-from amedlib.datasets import DATA, describe, load_dataset, load_weights
+from amedlib.datasets import loaders
+from amedlib.datasets.entries import describe
+from amedlib.datasets.files import DATA
+from amedlib.datasets.inception import quantise_edm
+from amedlib.datasets.loaders import load_dataset, load_weights
 from amedlib.denoisers.cifar10 import (
     CLASSES,
     COUNTS,
@@ -29,8 +32,8 @@ from amedlib.denoisers.cifar10 import (
     scaled,
 )
 from amedlib.files import load_tensors
-from amedlib.inception import quantise_edm
 from amedlib.metrics import Moments, feature_distance, moments_distance
+from amedlib.study import execute, plans, store
 
 spec = importlib.util.spec_from_file_location("train_cifar10", DATA / "models" / "train_cifar10.py")
 script = importlib.util.module_from_spec(spec)
@@ -466,14 +469,14 @@ def published(archive, tmp_path_factory):
 
 @pytest.fixture
 def small(published, monkeypatch):
-    monkeypatch.setattr(datasets, "load_weights", partial(load_weights, folder=published))
+    monkeypatch.setattr(loaders, "load_weights", partial(load_weights, folder=published))
     load_dataset.cache_clear()
     yield load_dataset("cifar10_small")
     load_dataset.cache_clear()
 
 
 def test_without_weights_the_error_says_how_to_make_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "load_weights", partial(load_weights, folder=tmp_path))
+    monkeypatch.setattr(loaders, "load_weights", partial(load_weights, folder=tmp_path))
     load_dataset.cache_clear()
     with pytest.raises(ValueError, match="missing; `make models DATASET=cifar10_small` trains it"):
         load_dataset("cifar10_small")
@@ -513,24 +516,24 @@ def test_the_floor_is_of_the_test_images_to_the_training_images(small, archive, 
     data = load_cifar10_images(archive, COUNT)
     parts = [Moments.of(small.features(data[part].pixels)) for part in ("test", "train")]
     (what,) = plans.floor_runs("cifar10_small").values()
-    result = study.run(what, tmp_path, "cpu", progress=False)
+    result = execute.run(what, tmp_path, "cpu", progress=False)
     assert result.value == pytest.approx(moments_distance(*parts), rel=1e-4, abs=1e-6)
     assert result.curves == {"images": [COUNT["test"]]} and len(result.replicates) == 10
 
 
 def test_a_number_is_measured_on_it(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "SOLUTION", study.SOLUTION | {"num_steps": 5})
+    monkeypatch.setattr(store, "SOLUTION", store.SOLUTION | {"num_steps": 5})
     planned = plans.table2("cifar10_small", ["iPNDM"], [3], n_samples=20)
-    result = study.run(planned["run"][0], tmp_path, "cpu", progress=False)
+    result = execute.run(planned["run"][0], tmp_path, "cpu", progress=False)
     assert result.nfe == 3 and math.isfinite(result.value) and len(result.replicates) == 10
 
 
 def test_fid_takes_the_same_images_to_the_published_network(small, monkeypatch):
-    monkeypatch.setattr(datasets, "fetch", lambda asset: asset.name)
-    monkeypatch.setattr(datasets, "inception_features", lambda path, device: (path, device))
-    monkeypatch.setattr(datasets, "read_statistics", lambda path: path)
+    monkeypatch.setattr(loaders, "fetch", lambda asset: asset.name)
+    monkeypatch.setattr(loaders, "inception_features", lambda path, device: (path, device))
+    monkeypatch.setattr(loaders, "read_statistics", lambda path: path)
     fid = load_dataset("cifar10_small_fid")
-    assert fid.features == (datasets.INCEPTION, "cpu")
+    assert fid.features == (loaders.INCEPTION, "cpu")
     assert fid.reference == {"fd": "fid-refs/cifar10-32x32.npz"}
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(fid.to_images(x), small.to_images(x))

@@ -11,9 +11,12 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from amedlib import claims, paper, plans, plotting, study
-from amedlib.datasets import DATA, describe
-from amedlib.study import BLOCKS, Estimate, Result, Run, difference, save_result
+from amedlib.datasets.entries import describe
+from amedlib.datasets.files import DATA
+from amedlib.study import claims, execute, plans, procedures, published, store, tables
+from amedlib.study.run import BLOCKS, Result, Run
+from amedlib.study.store import save_result
+from amedlib.study.uncertainty import Estimate, difference
 
 CLAIMS = claims.claims().to_dict("records")
 # Pages whose results test claims.
@@ -99,9 +102,9 @@ def test_every_source_has_a_page():
 def planned_cells(source, dataset):
     planned = claims._planned(source, dataset, "fd")
     if source in claims.PRINTED[1:]:  # with the NFE that are not run on digits
-        nfes = sorted(plans.published(source)["nfe"].unique().tolist())
+        nfes = sorted(published.published(source)["nfe"].unique().tolist())
         planned = plans.table(int(source.removeprefix("table")), dataset, nfes)
-    return claims._cells(planned.assign(result=None), study.RESULTS).assign(value=0.0)
+    return claims._cells(planned.assign(result=None), store.RESULTS).assign(value=0.0)
 
 
 @pytest.mark.parametrize(
@@ -467,7 +470,7 @@ def test_claims_about_other_data_are_left_out():
     rows = [result(row.run, 5.0) for row in planned.itertuples()]
     judged = claims.judge("table8", planned.assign(result=rows))
     assert judged.empty
-    assert "No claim" in plotting.verdict_table(judged).data
+    assert "No claim" in tables.verdict_table(judged).data
 
 
 # --- claims that are no comparison of two cells ---------------------------------------------------
@@ -587,9 +590,9 @@ def test_the_ledger_reads_and_never_computes(tmp_path, monkeypatch):
         raise AssertionError("something was computed")
 
     for name in ("compute", "run", "run_all", "load_dataset"):
-        monkeypatch.setattr(study, name, fail)
-    for name in ("run", "run_all"):
-        monkeypatch.setattr(paper, name, fail)
+        monkeypatch.setattr(execute, name, fail)
+    for name in ("make_block", "sample"):
+        monkeypatch.setattr(procedures, name, fail)
     ledger = claims.ledger("digits", tmp_path)
     assert len(ledger) == len(CLAIMS) and not list(tmp_path.iterdir())
     run = {row["id"] for row in ledger.to_dict("records") if row["fd"]["verdict"] != "not run"}
@@ -600,7 +603,7 @@ def test_the_ledger_reads_and_never_computes(tmp_path, monkeypatch):
     }
     assert {row["verdict"] for row in ledger["endpoint_error"]} == {"not run"}
     assert claims.rank_agreement("digits", results_dir=tmp_path).empty
-    html = plotting.ledger(ledger).to_html()
+    html = tables.ledger(ledger).to_html()
     assert "– not run" in html and '<a href="table2.html">table2</a>' in html
 
 
@@ -617,7 +620,7 @@ def test_a_store_with_a_part_of_a_table(tmp_path):
     assert ledger.loc["single-step", "fd"]["verdict"] == "not run"
     assert ledger.loc["best-is-ours", "fd"]["verdict"] == "not run"  # the best of what is not there
     assert ledger.loc["plugin", "endpoint_error"]["verdict"] == "not run"
-    assert "✓ 1, ✗ 0, ? 0 of 4" in plotting.ledger(ledger.reset_index()).to_html()
+    assert "✓ 1, ✗ 0, ? 0 of 4" in tables.ledger(ledger.reset_index()).to_html()
 
 
 def test_verdict_tables_show_both_verdicts_and_what_is_pooled():
@@ -629,14 +632,14 @@ def test_verdict_tables_show_both_verdicts_and_what_is_pooled():
             [(10, (0.3, None, 1, 100)), (9, (0.4, None, 1, 100)), (9, (0.1, 0.3, 1, 100, 2))]
         )
     ]
-    html = plotting.verdict_table(claims._decided(rows)).to_html()
+    html = tables.verdict_table(claims._decided(rows)).to_html()
     assert "? undecided (alone ✓)" in html and "†" in html and "Holm" in html
     assert html.index("NFE 9<") < html.index("NFE 10<")
 
 
 def test_the_order_of_methods(tmp_path):
     """Results that are the paper's own numbers agree with it; their inverses disagree."""
-    printed = paper.paper_values("table2", "cifar10").set_index(["method", "nfe"])["paper"]
+    printed = published.paper_values("table2", "cifar10").set_index(["method", "nfe"])["paper"]
     for nfe, sign in ((3, 1), (5, -1)):
         for row in plans.table2(nfes=[nfe]).itertuples():
             save_result(result(row.run, printed[row.method, nfe] ** sign), tmp_path)

@@ -10,9 +10,9 @@ import faulty
 import pytest
 import torch
 
-from amedlib import cluster, study
-from amedlib.cluster import Task, Workers, check_cluster, connect, do
-from amedlib.study import run_all
+from amedlib.study import cluster, execute, store
+from amedlib.study.cluster import Task, Workers, check_cluster, connect, do
+from amedlib.study.execute import run_all
 
 # --- tasks ----------------------------------------------------------------------------------------
 
@@ -101,13 +101,13 @@ def test_every_worker_gets_a_gpu_of_its_own(monkeypatch):
 
 
 def test_a_worker_that_cannot_share_says_why(tmp_path):
-    code = study.code_fingerprint()
+    code = store.code_fingerprint()
     (tmp_path / "mark").touch()
-    assert study._hindrance(tmp_path, "mark", code) is None
+    assert execute._hindrance(tmp_path, "mark", code) is None
     for folder, mark in ((tmp_path, "another"), (tmp_path / "absent", "")):
-        sentence = study._hindrance(folder, mark, code)
+        sentence = execute._hindrance(folder, mark, code)
         assert sentence.startswith("results_dir must be a folder that all machines see; ")
-    assert "has the fingerprint" in study._hindrance(tmp_path, "mark", "other code")
+    assert "has the fingerprint" in execute._hindrance(tmp_path, "mark", "other code")
 
 
 # --- a study --------------------------------------------------------------------------------------
@@ -157,14 +157,14 @@ def test_where_it_executes_changes_no_bit(toy, address, tmp_path):
 
 def test_one_number_on_a_cluster(toy, address, tmp_path):
     what = faulty.RUNS[0]
-    found = study.run(what, tmp_path / "a", "cpu", progress=False, cluster=address)
-    assert found.value == study.run(what, tmp_path / "b", "cpu", progress=False).value
+    found = execute.run(what, tmp_path / "a", "cpu", progress=False, cluster=address)
+    assert found.value == execute.run(what, tmp_path / "b", "cpu", progress=False).value
 
 
 def test_one_bar_counts_blocks_and_trainings(toy, tmp_path, capsys):
     run_all(faulty.RUNS, tmp_path, "cpu")
     # Ten blocks of three Runs and their joins, ten of one solution, a training, a search, a join.
     assert "blocks and trainings: 100%" in capsys.readouterr().err
-    first = study._tasks(faulty.RUNS[0], tmp_path / "empty", "cpu", "code")
+    first = execute._tasks(faulty.RUNS[0], tmp_path / "empty", "cpu", "code")
     assert len(first) == 10 + 1 + 10 + 1
     assert list(first.values())[-1].needs[-10:] == tuple(list(first)[-11:-1])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
 from amedlib import load_dataset, make_latents, make_schedule, make_solver, sample
-from amedlib.datasets import load_weights
+from amedlib.datasets.loaders import load_weights
 from amedlib.denoisers.adm import GuidedDenoiser
 from amedlib.denoisers.digits import (
     SIGMA_DATA,

@@ -8,13 +8,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from amedlib.compute import in_precision
 from amedlib.denoisers import adm, edm
 from amedlib.intermediate import LearnedTable, Predictor, TimeWise
 from amedlib.metrics import Moments
-from amedlib.sampling import Sampler, in_precision, make_latents
+from amedlib.sampling import Sampler, make_latents
 from amedlib.schedules import make_schedule
 from amedlib.solvers import make_solver
-from amedlib.study import Run, _blocks, add_up
+from amedlib.study.procedures import add_up, blocks_of
+from amedlib.study.run import Run
 from amedlib.training import Trainer, Training
 
 SMALL = {"img_resolution": 8, "img_channels": 3, "model_channels": 16, "channel_mult": [1, 2]}
@@ -193,7 +195,7 @@ def blocks_with_room_for(room):
     def counted(part):
         return measure(part), 0
 
-    return [add_up(seeds.tolist(), 7, counted)[0] for seeds in _blocks(run)], seen
+    return [add_up(seeds.tolist(), 7, counted)[0] for seeds in blocks_of(run)], seen
 
 
 @pytest.mark.parametrize("room", [1, 2, 5])

@@ -20,12 +20,13 @@ import pytest
 import torch
 from nbclient.exceptions import DeadKernelError
 
-from amedlib import study
-from amedlib.study import load_result, predictor_path, result_path, run_all, solution_path
+from amedlib.study import execute, run
+from amedlib.study.execute import run_all
+from amedlib.study.store import load_result, predictor_path, result_path, solution_path
 
 # Processes are forked from one that has imported everything, so that a new one takes no time.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["amedlib.study"])
+CONTEXT.set_forkserver_preload(["amedlib.study.execute"])
 
 
 @pytest.fixture(autouse=True)
@@ -160,7 +161,7 @@ def test_workers_that_die_lose_no_number(undisturbed, workers, monkeypatch, tmp_
     _, expected, _ = undisturbed
     monkeypatch.setenv("FAULTS_SLOW", "0.2")
     monkeypatch.setenv("FAULTS_DEADLY", "6")
-    deadly = study.Run(solver="euler", nfe=6, samples=100)
+    deadly = run.Run(solver="euler", nfe=6, samples=100)
     killed = []
 
     def kill():
@@ -277,8 +278,8 @@ def test_nan_is_named_with_its_step_and_no_number_is_shown(monkeypatch, tmp_path
         return torch.where(torch.as_tensor(t) < 1, torch.nan, x / (1 + 4 * t**2))
 
     data = faulty.toy_dataset(breaks_down)
-    monkeypatch.setattr(study, "load_dataset", lambda name, device="cpu": data)
-    coarse = study.Run("fd", "digits_uncentred", nfe=2, samples=60)  # t = 80, 2.5, 0.002
+    monkeypatch.setattr(execute, "load_dataset", lambda name, device="cpu": data)
+    coarse = run.Run("fd", "digits_uncentred", nfe=2, samples=60)  # t = 80, 2.5, 0.002
     fine = replace(coarse, nfe=4)  # t = 80, 17.5, 2.5, 0.17, 0.002
     with pytest.raises(RuntimeError) as caught:
         run_all([fine, coarse], tmp_path, "cpu", progress=False)

@@ -6,14 +6,15 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from amedlib import plans
-from amedlib.cluster import check_cluster
 from amedlib.denoisers.exact import GaussianMixtureDenoiser
 from amedlib.intermediate import TimeWise
 from amedlib.sampling import make_latents, sample
 from amedlib.schedules import SCHEDULES, make_schedule
 from amedlib.solvers import SOLVERS, make_solver
-from amedlib.study import PROCEDURES, Run
+from amedlib.study import plans
+from amedlib.study.cluster import check_cluster
+from amedlib.study.procedures import PROCEDURES
+from amedlib.study.run import Run
 from amedlib.training import RECIPES, Training
 
 
@@ -159,7 +160,6 @@ RUN = {
     "predictor": st.none() | some_of(**TRAINING),
     "samples": st.integers(20, 60_000),
     "first_seed": st.integers(0, 10**9),
-    "version": st.none(),
 } | {name: SCHEDULE[name] for name in ("sigma_min", "sigma_max", "rho")}
 
 

@@ -10,12 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from amedlib.inception import (
-    Statistics,
-    inception_features,
-    quantise_edm,
-    read_statistics,
-)
+from amedlib.datasets.inception import Statistics, inception_features, quantise_edm, read_statistics
 from amedlib.metrics import Moments, moments_distance
 
 GOLDEN = Path(__file__).parent / "golden/fid.npz"

@@ -7,8 +7,19 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from amedlib import claims, paper, plans, plotting, reproduce, study
-from amedlib.study import BLOCKS, Result, Run, save_result
+from amedlib.study import (
+    claims,
+    execute,
+    page,
+    plans,
+    published,
+    reproduce,
+    store,
+    tables,
+    uncertainty,
+)
+from amedlib.study.run import BLOCKS, Result, Run
+from amedlib.study.store import save_result
 
 
 def result(what, value, replicates=None):
@@ -17,7 +28,7 @@ def result(what, value, replicates=None):
 
 
 def test_table2_is_complete():
-    frame = plans.published("table2")
+    frame = published.published("table2")
     counts = frame.groupby("dataset").size()
     assert dict(counts) == {"cifar10": 32, "imagenet64": 32, "ffhq": 24, "lsun_bedroom": 24}
     assert not frame.duplicated(["dataset", "method", "nfe"]).any()
@@ -29,7 +40,7 @@ def test_table2_is_complete():
 
 
 def test_every_row_of_ours_has_the_papers_numbers():
-    values = paper.paper_values("table2", "cifar10")
+    values = published.paper_values("table2", "cifar10")
     assert set(values["method"]) == set(plans.METHODS)
     assert len(values) == 4 * len(plans.METHODS)
 
@@ -101,16 +112,16 @@ def test_one_training_seed_decides_nothing(tmp_path):
 
 
 def test_interval_formatting():
-    assert paper.with_interval(12.345, 1.234) == "12.3 ± 1.2"
-    assert paper.with_interval(0.01234, 0.00056) == "0.01234 ± 0.00056"
-    assert paper.with_interval(1234.5, 99.0) == "1234 ± 99"
-    assert paper.with_interval(4.7961, 0.0) == "4.796"
+    assert uncertainty.with_interval(12.345, 1.234) == "12.3 ± 1.2"
+    assert uncertainty.with_interval(0.01234, 0.00056) == "0.01234 ± 0.00056"
+    assert uncertainty.with_interval(1234.5, 99.0) == "1234 ± 99"
+    assert uncertainty.with_interval(4.7961, 0.0) == "4.796"
 
 
 def test_tables_show_both_sides_and_the_best_in_bold():
     measured = made_up_table(5.0, 7.0, noise=0.1)
-    table = plotting.comparison_table(
-        paper.estimates(measured), paper.paper_values("table2", "cifar10")
+    table = tables.comparison_table(
+        uncertainty.estimates(measured), published.paper_values("table2", "cifar10")
     )
     html = table.to_html()
     assert "7.14" in html and "13.59" in html  # the paper's numbers
@@ -121,25 +132,25 @@ def test_tables_show_both_sides_and_the_best_in_bold():
 @pytest.fixture(autouse=True)
 def coarse_solution(monkeypatch):
     """The ODE's solution in 8 steps: what it is does not matter here."""
-    monkeypatch.setattr(study, "SOLUTION", study.SOLUTION | {"num_steps": 9})
+    monkeypatch.setattr(store, "SOLUTION", store.SOLUTION | {"num_steps": 9})
 
 
 @pytest.fixture
-def store(tmp_path):
+def stored(tmp_path):
     """A store with three real results of the digits."""
     what = Run(solver="euler", nfe=2, samples=40, options={})
     runs = [what, replace(what, nfe=3), replace(what, solver="ipndm")]
-    study.run_all(runs, tmp_path, progress=False)
+    execute.run_all(runs, tmp_path, progress=False)
     return tmp_path, runs
 
 
-def test_a_spot_check_finds_what_has_moved(store, monkeypatch):
-    folder, runs = store
+def test_a_spot_check_finds_what_has_moved(stored, monkeypatch):
+    folder, runs = stored
     monkeypatch.setattr(plans, "whole_study", lambda dataset: runs)
     seed, frame = reproduce.spot_check("digits", 3, seed=7, results_dir=folder, seconds=99.0)
     assert seed == 7
     assert frame["agrees"].all() and len(frame) == 3
-    path = study.result_path(runs[1], folder)
+    path = store.result_path(runs[1], folder)
     content = json.loads(path.read_text())
     content["value"] *= 1.2
     path.write_text(json.dumps(content))
@@ -148,8 +159,8 @@ def test_a_spot_check_finds_what_has_moved(store, monkeypatch):
     assert not frame.loc[frame["NFE"] == 3, "agrees"].all()
 
 
-def test_a_spot_check_needs_enough_results(store, monkeypatch):
-    folder, runs = store
+def test_a_spot_check_needs_enough_results(stored, monkeypatch):
+    folder, runs = stored
     monkeypatch.setattr(plans, "whole_study", lambda dataset: runs)
     with pytest.raises(ValueError, match="at most the number of shipped results, 3; 4 was given"):
         reproduce.spot_check("digits", 4, results_dir=folder, seconds=99.0)
@@ -172,27 +183,27 @@ def test_reproduction_fails_when_a_number_moves(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reproduce, "AGAIN", tmp_path / "again")
     assert reproduce.main(["digits", "--fill", "--workers", "1"]) == 0
     assert reproduce.main(["digits", "--workers", "1"]) == 0
-    shipped = study.load_result(what, tmp_path / "shipped")
+    shipped = store.load_result(what, tmp_path / "shipped")
     save_result(replace(shipped, value=shipped.value + 1), tmp_path / "shipped")
     assert reproduce.main(["digits", "--workers", "1"]) == 1
     assert "1 beyond their tolerance" in capsys.readouterr().out
 
 
 def test_estimates_keep_the_order_of_the_plan():
-    frame = paper.estimates(made_up_table(5.0, 7.0, noise=0.1))
+    frame = uncertainty.estimates(made_up_table(5.0, 7.0, noise=0.1))
     assert list(frame["method"]) == ["iPNDM", "AMED-Plugin"]
     assert isinstance(frame, pd.DataFrame)
 
 
 def test_the_readme_states_the_shipped_results():
     """Every number of its headline, computed again from data/results."""
-    measured = paper.measure(plans.table2("digits"), progress=False)
-    numbers = paper.headline(paper.estimates(measured), claims.judge("table2", measured))
-    readme = (study.RESULTS.parent.parent / "README.md").read_text()
+    measured = execute.measure(plans.table2("digits"), progress=False)
+    numbers = page.headline(uncertainty.estimates(measured), claims.judge("table2", measured))
+    readme = (store.RESULTS.parent.parent / "README.md").read_text()
     for method in ("AMED-Plugin", "iPNDM", "AMED-Solver", "DPM-Solver-2", "DPM-Solver++(3M)"):
         assert f"| {numbers[f'table2_{method}']} |" in readme
-    variants = paper.measure(plans.plugin("digits"), progress=False)
-    afs = paper.plugin_numbers(variants, variants)["plugin_fd_iPNDM-AFS"]
+    variants = execute.measure(plans.plugin("digits"), progress=False)
+    afs = page.plugin_numbers(variants, variants)["plugin_fd_iPNDM-AFS"]
     assert f"| {afs} |" in readme
     single, plugin = (
         [numbers[f"table2_{c}_{k}"] for k in ("holds", "all", "fails")]

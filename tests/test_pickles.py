@@ -19,9 +19,9 @@ import pytest
 import torch
 from torch import nn
 
-from amedlib import pickles
+from amedlib.datasets import checkpoints
+from amedlib.datasets.checkpoints import EDMCheckpoint, edm_network, load_edm_pickle, load_pt
 from amedlib.denoisers.edm import Linear, build
-from amedlib.pickles import EDMCheckpoint, edm_network, load_edm_pickle, load_pt
 
 SONG = {
     "img_resolution": 8,
@@ -652,7 +652,7 @@ HARMFUL = {
 
 @pytest.mark.parametrize("name", HARMFUL)
 def test_refused(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(pickles, "MAX_STEPS", 80_000)
+    monkeypatch.setattr(checkpoints, "MAX_STEPS", 80_000)
     content, complaint = HARMFUL[name]
     path = tmp_path / "hostile.pkl"
     path.write_bytes(content)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import amedlib
-from amedlib import pictures, plans, theory
 from amedlib.geometry import accurate_solution
-from amedlib.study import predictor_path
+from amedlib.study import pictures, plans, theory
+from amedlib.study.store import predictor_path
 
 # --- images -------------------------------------------------------------------------------------
 

@@ -6,8 +6,8 @@ import itertools
 import pandas as pd
 import pytest
 
-from amedlib import plans
-from amedlib.datasets import DATA
+from amedlib.datasets.files import DATA
+from amedlib.study import plans, published
 
 COLUMNS = (
     "table dataset method teacher schedule r M afs amed strategy guidance nfe value unit bold"
@@ -88,7 +88,7 @@ PRINTED_TWICE = {
 @pytest.fixture(scope="module")
 def cells():
     """All tables as one frame; ``solver`` is the method, or what a plugin is applied on."""
-    frame = pd.concat([plans.published(f"table{n}") for n in COUNTS], ignore_index=True)
+    frame = pd.concat([published.published(f"table{n}") for n in COUNTS], ignore_index=True)
     solver = frame["method"].str.replace(r"AMED-Plugin \((.+)\)", r"\1", regex=True)
     return frame.assign(table=frame["table"].astype(int), solver=solver)
 
@@ -96,8 +96,8 @@ def cells():
 def test_every_table_has_the_printed_shape(cells):
     assert dict(cells["table"].value_counts()) == COUNTS
     for n in COUNTS:
-        assert list(plans.published(f"table{n}").columns) == COLUMNS
-        assert set(plans.published(f"table{n}")["table"]) == {str(n)}
+        assert list(published.published(f"table{n}").columns) == COLUMNS
+        assert set(published.published(f"table{n}")["table"]) == {str(n)}
     assert not cells.duplicated([c for c in COLUMNS if c not in ("value", "bold")]).any()
 
 

@@ -10,18 +10,13 @@ import torch
 from faulty import toy_dataset
 from toys import TinyNet
 
-from amedlib import datasets, geometry, study
-from amedlib.study import (
-    BLOCKS,
-    Result,
-    Run,
-    difference,
-    estimate,
-    load_result,
-    predictor_path,
-    result_path,
-    run,
-)
+from amedlib import geometry
+from amedlib.datasets import loaders
+from amedlib.study import execute, procedures, store
+from amedlib.study.execute import run
+from amedlib.study.run import BLOCKS, Result, Run
+from amedlib.study.store import load_result, predictor_path, result_path
+from amedlib.study.uncertainty import difference, estimate
 
 
 class Counting:
@@ -42,8 +37,8 @@ class Counting:
 @pytest.fixture
 def toy(monkeypatch):
     denoiser = Counting()
-    monkeypatch.setattr(study, "load_dataset", lambda name, device="cpu": toy_dataset(denoiser))
-    monkeypatch.setattr(study, "SOLUTION", study.SOLUTION | {"num_steps": 11})
+    monkeypatch.setattr(execute, "load_dataset", lambda name, device="cpu": toy_dataset(denoiser))
+    monkeypatch.setattr(store, "SOLUTION", store.SOLUTION | {"num_steps": 11})
     return denoiser
 
 
@@ -65,7 +60,7 @@ def test_a_result_is_computed_once(toy, tmp_path):
 
 
 def test_the_value_against_an_independent_computation(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "SOLUTION", study.SOLUTION | {"num_steps": 401})
+    monkeypatch.setattr(store, "SOLUTION", store.SOLUTION | {"num_steps": 401})
     result = run(replace(RUN, metric="endpoint_error"), tmp_path, progress=False)
     x = torch.stack([torch.randn(1, 2, 2, generator=torch.manual_seed(i)) for i in range(60)])
     x = x.double() * 80
@@ -81,7 +76,7 @@ def test_batches_do_not_matter(monkeypatch, tmp_path, toy):
     values = []
     for batch in (1, 7, 60):
         data = toy_dataset(toy, batch)
-        monkeypatch.setattr(study, "load_dataset", lambda name, device="cpu", data=data: data)
+        monkeypatch.setattr(execute, "load_dataset", lambda name, device="cpu", data=data: data)
         values.append(run(RUN, tmp_path / str(batch), progress=False).value)
     np.testing.assert_allclose(values, values[0], rtol=1e-6)
 
@@ -89,10 +84,10 @@ def test_batches_do_not_matter(monkeypatch, tmp_path, toy):
 @pytest.mark.parametrize("name", ["dpm2", "ipndm", "unipc"])
 @pytest.mark.parametrize("afs", [False, True])
 def test_a_grid_search_in_batches_finds_the_same(name, afs):
-    net, latents = TinyNet(), study.make_latents(range(11), (1, 8, 8))
-    times = study.make_schedule(num_steps=4)
-    truth = geometry.accurate_solution(net, latents, times, study.make_schedule(num_steps=13))
-    given = net, latents, times, study.make_solver(name), truth, (0.2, 0.4, 0.6, 0.8), afs
+    net, latents = TinyNet(), procedures.make_latents(range(11), (1, 8, 8))
+    times = procedures.make_schedule(num_steps=4)
+    truth = geometry.accurate_solution(net, latents, times, procedures.make_schedule(num_steps=13))
+    given = net, latents, times, procedures.make_solver(name), truth, (0.2, 0.4, 0.6, 0.8), afs
     whole, parts = geometry.grid_search(*given), geometry.grid_search(*given, batch=4)
     assert parts.r.tolist() == whole.r.tolist()
     for a, b in zip(parts[1:], whole[1:], strict=True):
@@ -102,7 +97,7 @@ def test_a_grid_search_in_batches_finds_the_same(name, afs):
 @pytest.mark.parametrize("metric", ["fd", "grid_search"])
 def test_the_batch_is_halved_where_the_memory_is_small(toy, tmp_path, monkeypatch, metric):
     what = Run(metric, solver="dpm2", nfe=4, r=0.5, samples=60)
-    monkeypatch.setattr(study, "GRID", (0.3, 0.5))
+    monkeypatch.setattr(procedures, "GRID", (0.3, 0.5))
     values, largest = [], []
     for room in (6, 2):
 
@@ -113,7 +108,7 @@ def test_the_batch_is_halved_where_the_memory_is_small(toy, tmp_path, monkeypatc
             return toy(x, t)
 
         data = toy_dataset(small, batch=6)
-        monkeypatch.setattr(study, "load_dataset", lambda name, device="cpu", data=data: data)
+        monkeypatch.setattr(execute, "load_dataset", lambda name, device="cpu", data=data: data)
         values.append(run(what, tmp_path / str(room), progress=False).value)
     np.testing.assert_allclose(*values, rtol=1e-6)
     assert set(largest) == {6, 3, 1}
@@ -171,7 +166,6 @@ def test_the_key_changes_with_every_field():
         replace(base, r=0.4),
         replace(base, samples=50),
         replace(base, first_seed=1),
-        replace(base, version=2),
         replace(base, metric="fd_pixels"),
         replace(base, predictor={"seed": 0}),
         replace(base, predictor={"seed": 1}),
@@ -181,8 +175,8 @@ def test_the_key_changes_with_every_field():
 
 def test_learned_runs_train_once_and_share_the_predictor(monkeypatch, tmp_path):
     net = TinyNet()
-    monkeypatch.setattr(study, "load_dataset", lambda name, device="cpu": toy_dataset(net))
-    monkeypatch.setattr(study, "SOLUTION", study.SOLUTION | {"num_steps": 5})
+    monkeypatch.setattr(execute, "load_dataset", lambda name, device="cpu": toy_dataset(net))
+    monkeypatch.setattr(store, "SOLUTION", store.SOLUTION | {"num_steps": 5})
     predictor = {"images": 16, "batch": 8}
     what = Run(solver="amed", nfe=3, afs=True, predictor=predictor, samples=20)
     run(what, tmp_path, progress=False)
@@ -200,9 +194,9 @@ def test_a_study_keeps_the_order_in_every_executor(toy, tmp_path):
         for metric in ("fd", "endpoint_error")
         for nfe in (5, 3, 4)
     ]
-    serial = study.run_all(runs, tmp_path / "a", progress=False)
+    serial = execute.run_all(runs, tmp_path / "a", progress=False)
     with ThreadPoolExecutor(2) as executor:
-        parallel = study.run_all(runs, tmp_path / "b", executor=executor, progress=False)
+        parallel = execute.run_all(runs, tmp_path / "b", executor=executor, progress=False)
     assert list(serial["nfe"]) == [5, 3, 4] * 2
     assert list(serial["value"]) == list(parallel["value"])
     assert list(serial["metric"]) == ["fd"] * 3 + ["endpoint_error"] * 3
@@ -210,23 +204,23 @@ def test_a_study_keeps_the_order_in_every_executor(toy, tmp_path):
 
 def test_a_failure_is_named_after_the_others_are_done(toy, tmp_path, monkeypatch):
     broken = replace(RUN, nfe=3)
-    whole = study.PROCEDURES["fd"].measure
+    whole = procedures.PROCEDURES["fd"].measure
 
     def failing(what, context):
         if what.nfe == 3:
             raise RuntimeError("out of order")
         return whole(what, context)
 
-    procedure = replace(study.PROCEDURES["fd"], measure=failing)
-    monkeypatch.setitem(study.PROCEDURES, "fd", procedure)
+    procedure = replace(procedures.PROCEDURES["fd"], measure=failing)
+    monkeypatch.setitem(procedures.PROCEDURES, "fd", procedure)
     with pytest.raises(RuntimeError, match=r"1 of 2 computations failed.*NFE 3.*out of order"):
-        study.run_all([broken, RUN], tmp_path, progress=False)
+        execute.run_all([broken, RUN], tmp_path, progress=False)
     assert load_result(RUN, tmp_path)
 
 
 def test_a_denoiser_that_gives_nan_gives_no_number(toy, tmp_path, monkeypatch):
     data = toy_dataset(lambda x, t, labels=None: x * float("nan"))
-    monkeypatch.setattr(study, "load_dataset", lambda name, device="cpu": data)
+    monkeypatch.setattr(execute, "load_dataset", lambda name, device="cpu": data)
     with pytest.raises(ValueError, match="accurate solutions must be finite; .* step 1 of 10,"):
         run(RUN, tmp_path, progress=False)
     assert not list(tmp_path.rglob("*.json"))
@@ -270,7 +264,7 @@ def test_bad_runs_are_refused_when_they_are_made(arguments, message):
 
 def test_unknown_data_sets_are_refused():
     with pytest.raises(ValueError, match="dataset must be one of 'digits'.*; 'mnist' was given"):
-        datasets.load_dataset("mnist")
+        loaders.load_dataset("mnist")
 
 
 # --- uncertainty --------------------------------------------------------------------------------
@@ -318,9 +312,9 @@ def test_different_sample_counts_are_never_compared():
 
 def test_a_part_of_a_result_that_is_gone_comes_again(toy, tmp_path):
     runs = [RUN.with_metric(metric) for metric in ("fd", "fd_pixels", "endpoint_error")]
-    first = study.run_all(runs, tmp_path, progress=False)
+    first = execute.run_all(runs, tmp_path, progress=False)
     result_path(runs[1], tmp_path).unlink()
-    again = study.run_all(runs, tmp_path, progress=False)
+    again = execute.run_all(runs, tmp_path, progress=False)
     assert again["value"].tolist() == first["value"].tolist()
 
 
@@ -328,7 +322,7 @@ def test_blocks_of_other_code_are_not_used(toy, tmp_path, monkeypatch):
     toy.limit = 60 * 10 + 4 * 33
     with pytest.raises(KeyboardInterrupt):
         run(RUN, tmp_path, progress=False)
-    monkeypatch.setattr(study, "code_fingerprint", lambda: "another")
+    monkeypatch.setattr(store, "code_fingerprint", lambda: "another")
     toy.images, toy.limit = 0, None
     assert run(RUN, tmp_path, progress=False).fingerprint == "code another, weights none"
     assert toy.images == 4 * 60
@@ -340,9 +334,9 @@ def test_files_that_cannot_be_had_are_reported_before_any_work(toy, tmp_path, mo
             raise ValueError("its files are missing")
         return toy_dataset(toy)
 
-    monkeypatch.setattr(study, "load_dataset", load)
+    monkeypatch.setattr(execute, "load_dataset", load)
     with pytest.raises(ValueError, match="its files are missing"):
-        study.run_all([RUN, replace(RUN, dataset="digits_uncentred")], tmp_path, progress=False)
+        execute.run_all([RUN, replace(RUN, dataset="digits_uncentred")], tmp_path, progress=False)
     assert toy.images == 0
 
 
@@ -353,13 +347,13 @@ def test_a_predictor_of_another_data_set_serves_here(tmp_path):
     own = Run(predictor=training, **fields)
     lent = Run(dataset="digits_uncentred", predictor=training | {"trained_on": "digits"}, **fields)
     alone = Run(dataset="digits_uncentred", predictor=training, **fields)
-    assert study.predictor_path(lent, tmp_path) == study.predictor_path(own, tmp_path)
+    assert store.predictor_path(lent, tmp_path) == store.predictor_path(own, tmp_path)
     assert len({own.key, lent.key, alone.key}) == 3 and lent.training == own.training
     assert Run(predictor=training | {"trained_on": "digits"}, **fields) == own
-    study.run(lent, tmp_path, "cpu", progress=False)
-    assert study.predictor_path(own, tmp_path).is_file()
-    assert not study.predictor_path(alone, tmp_path).exists()
-    assert study.load_result(lent, tmp_path).run == lent
+    execute.run(lent, tmp_path, "cpu", progress=False)
+    assert store.predictor_path(own, tmp_path).is_file()
+    assert not store.predictor_path(alone, tmp_path).exists()
+    assert store.load_result(lent, tmp_path).run == lent
     with pytest.raises(ValueError, match="trained_on of predictor must be one of"):
         Run(predictor=training | {"trained_on": "mnist"}, **fields)
 
@@ -371,10 +365,10 @@ def test_the_first_slope_of_a_gaussian_points_as_its_closed_form_says(tmp_path, 
     def denoiser(x, t, labels=None):
         return (x + t**2 * mean) / (1 + t**2)
 
-    data = replace(datasets.load_dataset("digits"), denoiser=denoiser)
-    monkeypatch.setattr(study, "load_dataset", lambda name, device="cpu": data)
-    found = study.run(Run("first_slope", samples=20), tmp_path, "cpu", progress=False)
-    x = t * study.make_latents(range(20), data.shape).double().flatten(1).numpy()
+    data = replace(loaders.load_dataset("digits"), denoiser=denoiser)
+    monkeypatch.setattr(execute, "load_dataset", lambda name, device="cpu": data)
+    found = execute.run(Run("first_slope", samples=20), tmp_path, "cpu", progress=False)
+    x = t * procedures.make_latents(range(20), data.shape).double().flatten(1).numpy()
     slope = x - (x + t**2 * mean) / (1 + t**2)
     cosine = (slope * x).sum(1) / np.linalg.norm(slope, axis=1) / np.linalg.norm(x, axis=1)
     assert found.value == pytest.approx(1 - cosine.mean(), rel=1e-9)

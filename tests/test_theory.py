@@ -7,9 +7,9 @@ from scipy.integrate import quad
 from scipy.stats import chi
 
 import amedlib
-from amedlib import theory
 from amedlib.denoisers.exact import GaussianDenoiser, GaussianMixtureDenoiser
 from amedlib.geometry import accurate_solution, distance, grid_search, trajectory_pca
+from amedlib.study import theory
 
 SHAPE = (1, 4, 4)
 TIMES = amedlib.make_schedule(num_steps=21)

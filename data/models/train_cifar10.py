@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from amedlib.assets import Asset, fetch
 from amedlib.checks import one_of, require
-from amedlib.costs import evaluation_flops
+from amedlib.compute import best_device
+from amedlib.datasets.files import Asset, fetch
 from amedlib.denoisers import edm
 from amedlib.denoisers.cifar10 import (
     COUNTS,
@@ -35,7 +35,8 @@ from amedlib.denoisers.cifar10 import (
 )
 from amedlib.files import load_tensors, save_tensors, write_atomically
 from amedlib.metrics import Moments, leave_one_out, moments_distance
-from amedlib.study import BLOCKS, best_device
+from amedlib.study.costs import evaluation_flops
+from amedlib.study.run import BLOCKS
 
 HERE = Path(__file__).parent
 # The published archive without pickles: torchvision's is made of them.

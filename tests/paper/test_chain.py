@@ -60,15 +60,18 @@ from test_pickles import (
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from traitlets.config import Config
 
-from amedlib import datasets, metrics, paper, plans, study
-from amedlib.assets import ASSETS, cache_folder
-from amedlib.datasets import DATA, DATASETS, INCEPTION, PROMPTS, VGG, load_dataset
+from amedlib import metrics
+from amedlib.datasets import loaders
+from amedlib.datasets.entries import DATASETS
+from amedlib.datasets.files import ASSETS, DATA, cache_folder
+from amedlib.datasets.inception import inception_features
+from amedlib.datasets.loaders import INCEPTION, PROMPTS, VGG, load_dataset
 from amedlib.denoisers import adm, latent
 from amedlib.denoisers.edm import DhariwalUNet, SongUNet
 from amedlib.files import load_tensors
-from amedlib.inception import inception_features
 from amedlib.sampling import make_latents
-from amedlib.study import predictor_path, result_path
+from amedlib.study import execute, plans, procedures, store, uncertainty
+from amedlib.study.store import predictor_path, result_path
 
 SAMPLES = 8
 COMMIT = "0" * 40
@@ -332,8 +335,9 @@ def smaller(monkeypatch, folder):
     enlarged = metrics._enlarged
     monkeypatch.setattr(metrics, "_enlarged", lambda images, side: enlarged(images, 32))
     monkeypatch.setattr(metrics, "_factor", pivoted_cholesky)
-    monkeypatch.setattr(study, "BLOCKS", 2)
-    monkeypatch.setattr(study, "SOLUTION", study.SOLUTION | {"num_steps": 9})
+    for module in (execute, procedures, store, uncertainty):
+        monkeypatch.setattr(module, "BLOCKS", 2)
+    monkeypatch.setattr(store, "SOLUTION", store.SOLUTION | {"num_steps": 9})
     load_dataset.cache_clear()
     outside, look_up = [], socket.getaddrinfo
 
@@ -394,7 +398,7 @@ def publish(server, folder, models, monkeypatch):
             put(entry.assets[-1], statistics(entry.assets[-1]))
         digest = ASSETS[INCEPTION].sha256
         reader = partial(inception_features, sha256=digest)
-        monkeypatch.setattr(datasets, "inception_features", reader)
+        monkeypatch.setattr(loaders, "inception_features", reader)
         side = 4 if kind in ("consistency", "guided") else 8
         shrunk = {
             "shape": (entry.shape[0], side, side),
@@ -454,10 +458,10 @@ def compare_by_hand(entry, results_dir, ddim, states, images):
     half = ddim.precision == "float16"
     (kept,) = (results_dir / entry.name / "endpoints").glob("*")
     error = (states - load_tensors(kept)[0]["x"].double()).square().flatten(1).sum(1)
-    found = study.load_result(ddim.with_metric("endpoint_error"), results_dir).value
+    found = store.load_result(ddim.with_metric("endpoint_error"), results_dir).value
     assert found == pytest.approx(error.mean().sqrt().item(), rel=0.02 if half else 1e-4)
     if "fd" in entry.metrics:
-        found = study.load_result(ddim.with_metric("fd"), results_dir).value
+        found = store.load_result(ddim.with_metric("fd"), results_dir).value
         reference = statistics(entry.assets[-1])
         expected, other = fid(images, reference), fid(images.flip(1), reference)
         assert found == pytest.approx(expected, rel=1e-3)
@@ -508,9 +512,9 @@ def test_from_files_to_numbers(name, publish, server, tmp_path, monkeypatch):
     }
     first = planned[entry.metrics[0]]  # the other one is measured with it
     if len(first) > 1:
-        paper.measure(first[:-1], **how)
+        execute.measure(first[:-1], **how)
     with evaluations(data) as outputs:
-        measured = {metric: paper.measure(plan, **how) for metric, plan in planned.items()}
+        measured = {metric: execute.measure(plan, **how) for metric, plan in planned.items()}
     # those of DDIM, and where it is alone those of the ODE's solution
     calls = entry.nfes[0] // entry.evaluations_per_call + 8 * (name in TWINS)
     assert sum(map(len, outputs)) == SAMPLES * calls * entry.evaluations_per_call
@@ -518,7 +522,7 @@ def test_from_files_to_numbers(name, publish, server, tmp_path, monkeypatch):
     for plan in measured.values():
         for result in plan["result"]:
             assert result.nfe == entry.nfes[0] and np.isfinite(result.value) and result.value > 0
-            assert len(result.replicates) == study.BLOCKS and result.error > 0
+            assert len(result.replicates) == execute.BLOCKS and result.error > 0
             assert data.fingerprint in result.fingerprint
 
     # all that is learned was learned as the entry says
@@ -541,14 +545,16 @@ def test_from_files_to_numbers(name, publish, server, tmp_path, monkeypatch):
     if entry.precision != "float32" and name not in TWINS:
         single = tmp_path / "single"
         ddim = replace(ddim, precision="float32")
-        for result in study.compute(ddim, single, progress=False):
-            study.save_result(result, single)
+        for result in execute.compute(ddim, single, progress=False):
+            store.save_result(result, single)
         compare_by_hand(entry, single, ddim, states, images)
 
     # numbers are kept, and so are the files: each was sent once
-    monkeypatch.setattr(study, "load_dataset", lambda *_: pytest.fail("nothing is to be computed"))
+    monkeypatch.setattr(
+        execute, "load_dataset", lambda *_: pytest.fail("nothing is to be computed")
+    )
     for metric, plan in planned.items():
-        again = paper.measure(plan, **how)["result"]
+        again = execute.measure(plan, **how)["result"]
         assert again.tolist() == measured[metric]["result"].tolist()
     needed = [*entry.assets, *[INCEPTION] * ("fd" in entry.metrics)]
     needed += [VGG] * (entry.training.get("loss") == "lpips")
@@ -566,14 +572,14 @@ def test_from_files_to_numbers(name, publish, server, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def execute(tmp_path, monkeypatch):
+def run_notebook(tmp_path, monkeypatch):
     """Runs a notebook with parameters, as papermill injects them, in this process."""
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     config = Config()
     config.HistoryManager.enabled = False
     shell = InteractiveShell.instance(config=config)
 
-    def execute(name, **parameters):
+    def run_notebook(name, **parameters):
         notebook = load_notebook_node(str(DATA.parent / "notebooks" / name))
         notebook = parameterize_notebook(notebook, parameters)
         values, texts = [], []
@@ -586,14 +592,15 @@ def execute(tmp_path, monkeypatch):
         return values, texts
 
     with matplotlib.rc_context():
-        yield execute
+        yield run_notebook
     InteractiveShell.clear_instance()
 
 
-def test_notebook_of_table_2(publish, execute, tmp_path):
+def test_notebook_of_table_2(publish, run_notebook, tmp_path):
     publish("cifar10", batch=100)
     parameters = {"dataset": "cifar10", "n_samples": 20, "nfes": [3], "seeds": [0]}
-    values, texts = execute("table2.ipynb", **parameters, results_dir=str(tmp_path / "results"))
+    results = str(tmp_path / "results")
+    values, texts = run_notebook("table2.ipynb", **parameters, results_dir=results)
     tables = [value.data for value in values if isinstance(value, Styler)]
     for table, metric, columns in (
         (tables[0], "fd", [("NFE 3", "FID"), ("NFE 3", "paper")]),
@@ -603,7 +610,7 @@ def test_notebook_of_table_2(publish, execute, tmp_path):
         plan = plans.table2("cifar10", nfes=[3], seeds=[0], n_samples=20, metric=metric)
         for run, cell in zip(plan["run"], table[columns[0]], strict=True):
             value, half = (float(number) for number in cell.split(" ± "))
-            result = study.load_result(run, tmp_path / "results")
+            result = store.load_result(run, tmp_path / "results")
             assert value == pytest.approx(result.value, abs=half) and half > 0
     assert list(tables[0]["NFE 3", "paper"])[3:5] == ["93.36", "155.7"]  # DDIM and DPM-Solver-2
     assert texts[0].startswith("*FID of 20 samples to published statistics of the training images")

@@ -13,7 +13,7 @@ from torch_fidelity.metric_fid import (
     fid_statistics_to_metric,
 )
 
-from amedlib.inception import inception_features, quantise_edm
+from amedlib.datasets.inception import inception_features, quantise_edm
 from amedlib.metrics import Moments, moments_distance
 
 

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import amedlib
+from amedlib.compute import in_precision
 from amedlib.denoisers import latent
-from amedlib.sampling import in_precision
 from amedlib.training import Trainer, Training
 
 LEVELS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

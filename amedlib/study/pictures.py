@@ -1,7 +1,6 @@
 """Pictures: images in tables, steps of solvers in a plane, the network g_phi, Appendix D."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,13 +9,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from amedlib.checks import require
-from amedlib.datasets import load_dataset
 from amedlib.intermediate import Predictor
-from amedlib.plotting import look
 from amedlib.sampling import sample
 from amedlib.solvers import make_solver
-from amedlib.study import RESULTS, Context, Run, best_device, predictor_path
-from amedlib.theory import Plane, Step
+from amedlib.study.execute import context_of, prepare
+from amedlib.study.figures import look
+from amedlib.study.run import Run
+from amedlib.study.store import RESULTS, predictor_path
+from amedlib.study.theory import Plane, Step
 
 # --- images -------------------------------------------------------------------------------------
 
@@ -31,9 +31,9 @@ def draw(
     if what.predictor is not None and not train:
         if not predictor_path(what, results_dir).is_file():
             return None
-    device = best_device(device)
-    data = load_dataset(what.dataset, device)
-    context = Context(data, Path(results_dir), device, progress=True)
+    context = context_of(what, results_dir, device, progress=True)
+    prepare(what, context)
+    data = context.data
     images = data.to_images(
         sample(
             context.denoiser(what),

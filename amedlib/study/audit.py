@@ -9,10 +9,12 @@ from functools import lru_cache
 import numpy as np
 import pandas as pd
 
-from amedlib import plans
-from amedlib.datasets import DATA, describe
-from amedlib.paper import with_interval
-from amedlib.study import RESULTS, difference, load_result
+from amedlib.datasets.entries import describe
+from amedlib.datasets.files import DATA
+from amedlib.study import plans
+from amedlib.study.published import published
+from amedlib.study.store import RESULTS, load_result
+from amedlib.study.uncertainty import difference, with_interval
 
 MULTI_STEP = ("DPM-Solver++(3M)", "UniPC", "iPNDM")
 TWO_EVALUATIONS = ("DPM-Solver-2", "EDM", "AMED-Solver")
@@ -29,7 +31,7 @@ def complete(frame: pd.DataFrame) -> pd.DataFrame:
     the NFE on the same time points without AFS.
 
     Args:
-        frame: columns as of ``plans.published``, one or several tables.
+        frame: columns as of ``published.published``, one or several tables.
     """
     solver = frame["method"].str.replace(r"^AMED-Plugin \((.*)\)$", r"\1", regex=True)
     ours = frame["amed"] & (solver == "AMED-Solver")
@@ -48,7 +50,7 @@ def complete(frame: pd.DataFrame) -> pd.DataFrame:
 @lru_cache
 def cells() -> pd.DataFrame:
     """All cells of Tables 2 to 13."""
-    tables = [plans.published(f"table{n}").astype({"strategy": object}) for n in range(2, 14)]
+    tables = [published(f"table{n}").astype({"strategy": object}) for n in range(2, 14)]
     return complete(plans.concat(tables))
 
 

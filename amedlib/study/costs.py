@@ -10,15 +10,20 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from amedlib import plans
-from amedlib.datasets import describe, load_weights
+from amedlib.datasets.entries import describe
+from amedlib.datasets.loaders import load_weights
 from amedlib.denoisers import edm
 from amedlib.files import load_tensors
-from amedlib.study import BLOCKS, RESULTS, Context, Run, grid_search, load_result, predictor_path
+from amedlib.study import plans
+from amedlib.study.procedures import Context, grid_search
+from amedlib.study.published import published
+from amedlib.study.run import BLOCKS, Run
+from amedlib.study.store import RESULTS, load_result, predictor_path
 from amedlib.training import Trainer, Training
 
 # What evaluations are made for; the last are images through the network that judges samples.
@@ -101,7 +106,7 @@ def count_tables(seeds=plans.SEEDS) -> pd.DataFrame:
     """
     rows = []
     for number in range(2, 14):
-        for dataset in plans.published(f"table{number}")["dataset"].unique():
+        for dataset in published(f"table{number}")["dataset"].unique():
             planned = planned_table(number, dataset, seeds=seeds)
             runs, trained, _ = _parts(planned)
             row = {"table": number, "dataset": dataset, "runs": len(runs)}
@@ -264,3 +269,31 @@ def project(counted: pd.DataFrame, rates: dict[str, dict[str, float]]) -> pd.Dat
     )
     hours = counted[kinds] / each / 3600
     return counted[["table", "dataset"]].join(hours).assign(total=hours.sum(axis=1, skipna=False))
+
+
+def costs_of_choice(measured: pd.DataFrame, results_dir) -> pd.DataFrame:
+    """Table 3's other half: what it costs to find r, and how much r varies between samples.
+
+    Args:
+        measured: of ``plans.table(3)``.
+
+    Returns:
+        A row per strategy; minutes of one search or training, the paper's minutes, and the largest
+        standard deviation of r over a batch among the steps (last batch of training), per NFE.
+    """
+    theirs = published("table3")
+    theirs = theirs[theirs["unit"] == "min"].set_index(["strategy", "nfe"])["value"]
+    rows = []
+    for (strategy, nfe), group in measured.groupby(["strategy", "nfe"], sort=False):
+        what = group["result"].iloc[0].run
+        if what.r == "searched":
+            seconds, spread = load_result(what.search(), results_dir).seconds, np.nan
+        else:
+            tensors, metadata = load_tensors(predictor_path(what, results_dir))
+            seconds, spread = (
+                float(metadata.get("seconds", "nan")),
+                tensors["log"][-1, :, 2].max().item(),
+            )
+        row = {"minutes": seconds / 60, "paper's minutes": theirs[strategy, nfe], "sd of r": spread}
+        rows.append({"strategy": strategy, "NFE": nfe} | row)
+    return pd.DataFrame(rows).pivot(index="strategy", columns="NFE")

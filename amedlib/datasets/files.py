@@ -29,6 +29,10 @@ CHUNK = 1 << 16  # bytes; what a broken connection loses at most
 LARGE = 10**9  # bytes from which on licence and size are announced
 TRANSIENT = (408, 416, 429, 500, 502, 503, 504)  # HTTP statuses that may be different next time
 
+# What comes with the project: beside the library in a clone, inside it where it was installed.
+_INSIDE = Path(__file__).resolve().parents[1] / "data"
+DATA = _INSIDE if _INSIDE.is_dir() else _INSIDE.parents[1] / "data"
+
 
 @dataclass(frozen=True)
 class Asset:
@@ -137,7 +141,7 @@ ASSETS: dict[str, Asset] = {
 
 def cache_folder() -> Path:
     """The environment variable ``AMED_DATA``, or ``data/cache`` of the clone."""
-    default = Path(__file__).resolve().parent.parent / "data" / "cache"
+    default = DATA / "cache"
     return Path(os.environ.get("AMED_DATA") or default).expanduser().absolute()
 
 

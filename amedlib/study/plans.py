@@ -2,13 +2,13 @@
 
 import re
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 
 import pandas as pd
 
 from amedlib.checks import one_of, require
-from amedlib.datasets import DATA, describe
-from amedlib.study import Run
+from amedlib.datasets.entries import describe
+from amedlib.study.published import KEY, published
+from amedlib.study.run import Run
 
 SEEDS = (0, 1, 2)
 
@@ -154,20 +154,6 @@ def on_schedule(schedule: str, dataset: str = "digits", n_samples=None) -> pd.Da
 
 
 # --- Tables 3 to 13: a Run for every cell that the paper prints -----------------------------------
-
-# What identifies a cell, in the columns of `data/paper/table*.csv`.
-KEY = ["method", "teacher", "schedule", "r", "M", "afs", "amed", "strategy", "guidance", "nfe"]
-
-
-@lru_cache
-def published(table: str) -> pd.DataFrame:
-    """The paper's numbers of one table, tidy; from ``data/paper``.
-
-    Raises:
-        ValueError: there is no such table.
-    """
-    one_of("table", table, sorted(p.stem for p in (DATA / "paper").glob("table*.csv")))
-    return pd.read_csv(DATA / "paper" / f"{table}.csv", dtype={"table": str})
 
 
 def cell(

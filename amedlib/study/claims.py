@@ -10,21 +10,17 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from amedlib import audit, plans
-from amedlib.datasets import DATA, DATASETS, Entry, describe
+from amedlib.datasets.entries import DATASETS, Entry, describe
+from amedlib.datasets.files import DATA
 from amedlib.metrics import jackknife_error
-from amedlib.paper import costs_of_choice, estimates, paper_values, with_interval
 from amedlib.schedules import make_schedule
-from amedlib.study import (
-    RESULTS,
-    Estimate,
-    Result,
-    Run,
-    difference,
-    estimate,
-    load_result,
-)
-from amedlib.theory import paper_a, scaled_logistic
+from amedlib.study import audit, plans
+from amedlib.study.costs import costs_of_choice
+from amedlib.study.published import paper_values, published
+from amedlib.study.run import Result, Run
+from amedlib.study.store import RESULTS, load_result
+from amedlib.study.theory import paper_a, scaled_logistic
+from amedlib.study.uncertainty import Estimate, difference, estimate, estimates, with_interval
 from amedlib.training import Training
 
 # --- verdicts -----------------------------------------------------------------------------------
@@ -274,7 +270,7 @@ def _value(claim: dict, better: dict, worse: dict | None) -> float:
 
 def printed(source: str, claim: dict) -> list[float]:
     """The differences of a claim in one of the paper's tables, less what they should be below."""
-    frame = plans.published(source)
+    frame = published(source)
     frame = frame[(frame["unit"] == "FID") & frame["dataset"].isin(claim["datasets"].split())]
     if source == "table2":  # where it says in brackets what the plugin is on
         frame = frame.assign(method=frame["method"].str.replace(r" \(.*\)$", "", regex=True))
@@ -570,7 +566,7 @@ def _first_interval(cells, results_dir):
 
 def _headline_rows(cells, results_dir):
     """At five evaluations AMED-Plugin is the paper's best on the data sets of its abstract."""
-    frame = plans.published("table2")
+    frame = published("table2")
     named = frame["dataset"].isin(("cifar10", "imagenet64", "lsun_bedroom"))
     frame = frame[(frame["nfe"] == 5) & named]
     best = frame.loc[frame.groupby("dataset")["value"].idxmin()]
@@ -646,9 +642,7 @@ def _source(claim: dict, dataset: str) -> str:
     """Of a claim's tables the one that the paper prints for a data set, else the first."""
     sources = claim["source"].split()
     for name in sources:
-        if name in PRINTED and _measured_on(name, dataset).paper in set(
-            plans.published(name)["dataset"]
-        ):
+        if name in PRINTED and _measured_on(name, dataset).paper in set(published(name)["dataset"]):
             return name
     return sources[0]
 
@@ -789,17 +783,17 @@ def rank_agreement(dataset: str, metric: str = "fd", results_dir=RESULTS) -> pd.
     table2 = stored(plans.table2(dataset, metric=metric), results_dir)
     frames = {"Table 2": (table2, paper_values("table2", theirs))}
     for number in (9, 10):
-        if theirs in set(plans.published(f"table{number}")["dataset"]):
+        if theirs in set(published(f"table{number}")["dataset"]):
             plain = plans.table(number, dataset, metric=metric)
             plain = stored(plain[~(plain["afs"] | plain["amed"])], results_dir)
-            published = plain[["method", "nfe", "paper"]].drop_duplicates()
-            frames[f"Table {number}, neither AFS nor AMED"] = plain, published
+            printed_values = plain[["method", "nfe", "paper"]].drop_duplicates()
+            frames[f"Table {number}, neither AFS nor AMED"] = plain, printed_values
     rows = []
-    for label, (measured, published) in frames.items():
+    for label, (measured, printed_values) in frames.items():
         measured = measured.dropna(subset="result")
         if measured.empty:
             continue
-        both = estimates(measured).merge(published, on=["method", "nfe"])
+        both = estimates(measured).merge(printed_values, on=["method", "nfe"])
         for nfe, group in both.groupby("nfe"):
             if len(group) > 2:
                 tau, p = stats.kendalltau(group["value"], group["paper"])

@@ -1,7 +1,7 @@
 """The whole study of a data set: compute what is missing, spot-check it, or do all of it again.
 
-python -m amedlib.reproduce digits          compute everything again, compare with what is shipped
-python -m amedlib.reproduce digits --fill   compute what the store lacks
+python -m amedlib.study.reproduce digits          compute all again, compare with what is shipped
+python -m amedlib.study.reproduce digits --fill   compute what the store lacks
 """
 
 import argparse
@@ -12,9 +12,11 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from amedlib import plans
 from amedlib.checks import require
-from amedlib.study import RESULTS, Result, compute, load_result, run_all
+from amedlib.study import plans
+from amedlib.study.execute import compute, run_all
+from amedlib.study.run import Result
+from amedlib.study.store import RESULTS, load_result
 
 AGAIN = RESULTS.parent.parent / "_build" / "reproduce"
 

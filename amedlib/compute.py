@@ -1,0 +1,85 @@
+"""How a device is used: precision, batches that fit its memory, threads."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from threadpoolctl import threadpool_limits
+
+from amedlib.checks import one_of
+
+
+def halved(size: int, what: str, error: Exception) -> int:
+    """Half as many samples at a time, after the memory did not suffice for ``size``.
+
+    Raises:
+        RuntimeError: there is nothing left to halve.
+    """
+    if size == 1:
+        raise RuntimeError(
+            f"The device's memory does not suffice for {what} with a single sample: {error}"
+        ) from error
+    return size // 2
+
+
+PRECISIONS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class _HalfPrecision:
+    def __init__(self, denoiser, dtype):
+        self.denoiser, self.dtype = denoiser, dtype
+
+    def __getattr__(self, name):
+        return getattr(self.denoiser, name)
+
+    def __call__(self, x, t, labels=None, **options):
+        with torch.autocast(x.device.type, self.dtype):
+            return self.denoiser(x, t, labels, **options)
+
+
+def in_precision(denoiser, precision: str):
+    """The denoiser with the matrix products of its network in half precision.
+
+    Normalisations, softmax and all outside the network stay as they are (``torch.autocast``).
+
+    Args:
+        precision: ``"float32"`` changes nothing; ``"float16"`` or ``"bfloat16"``.
+    """
+    one_of("precision", precision, PRECISIONS)
+    dtype = PRECISIONS[precision]
+    return denoiser if dtype is None else _HalfPrecision(denoiser, dtype)
+
+
+def in_batches(seeds: list[int], batch: int, work: Callable) -> Iterator:
+    """``work(part)`` of one part of the seeds after the other; halved if the memory is too small.
+
+    Raises:
+        RuntimeError: the memory does not suffice for a single sample.
+    """
+    first = 0
+    while first < len(seeds):
+        part = seeds[first : first + batch]
+        try:
+            found = work(part)
+        except torch.OutOfMemoryError as error:
+            batch = halved(len(part), "sampling", error)
+            continue
+        yield found
+        first += len(part)
+
+
+def best_device(device: str | None) -> str:
+    """The device that is asked for; with ``None`` the GPU, if there is one."""
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def one_thread():
+    """One thread in this process, for PyTorch and for what NumPy and SciPy call."""
+    before = torch.get_num_threads()
+    with threadpool_limits(1):
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)

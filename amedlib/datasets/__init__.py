@@ -1,0 +1,1 @@
+"""What is sampled from: entries, their loaders, downloads and foreign checkpoints."""

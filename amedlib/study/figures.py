@@ -1,0 +1,262 @@
+"""The figures of the book."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
+
+from amedlib.study.published import ROWS, row_names
+from amedlib.study.uncertainty import estimates
+
+LOOKS = {
+    "DPM-Solver++(3M)": ("#56B4E9", "s"),
+    "UniPC": ("#009E73", "D"),
+    "iPNDM": ("#0072B2", "^"),
+    "DDIM": ("#888888", "o"),
+    "DPM-Solver-2": ("#E69F00", "v"),
+    "EDM": ("#8C5A32", "P"),
+    "AMED-Solver": ("#CC79A7", "*"),
+    "AMED-Plugin": ("#D55E00", "X"),
+}
+
+
+def look(method: str) -> dict:
+    """Colour and marker of a method, for ``plot``."""
+    colour, marker = LOOKS[method]
+    return {"color": colour, "marker": marker}
+
+
+def _panels(n, width=4.4, height=3.6, **options):
+    # Not through pyplot, which would show the figure a second time in a notebook.
+    figure = Figure(figsize=(width * n, height))
+    return figure, figure.subplots(1, n, squeeze=False, **options)
+
+
+def _axis_of_nfe(axes, nfes):
+    axes.set_xlabel("network evaluations per sample (NFE)")
+    axes.xaxis.set_major_locator(FixedLocator(sorted(nfes)))
+
+
+def _log_scale(axes):
+    """A logarithmic y axis, called when everything is drawn; with labels within a decade too."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(
+        LogLocator(subs=(1.0,) if high > 30 * low else (1, 1.5, 2, 3, 5, 7))
+    )
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def against_nfe(panels: dict[str, pd.DataFrame], ylabels, levels=None) -> Figure:
+    """A panel per frame: a quality against NFE for every method, with 95 % intervals.
+
+    Args:
+        panels: title to frame with columns method, nfe, value and, where known, half.
+        ylabels: label of each panel's y axis, with its unit.
+        levels: title to (label, value) of a line across the panel.
+    """
+    figure, axes = _panels(len(panels))
+    for (title, frame), label, ax in zip(panels.items(), ylabels, axes[0], strict=True):
+        for method, rows in frame.groupby("method", sort=False):
+            rows = rows.sort_values("nfe")
+            bars = rows["half"] if "half" in rows else None
+            ax.errorbar(rows["nfe"], rows["value"], bars, capsize=2, label=method, **look(method))
+        if levels and title in levels:
+            label_of_level, level = levels[title]
+            ax.axhline(level, color="#888888", linestyle=":", label=label_of_level)
+        _log_scale(ax)
+        _axis_of_nfe(ax, frame["nfe"].unique())
+        ax.set(title=title, ylabel=label)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5)
+    return figure
+
+
+def at_one_nfe(found: pd.DataFrame, titles, units) -> Figure:
+    """Variants of methods at one NFE, the best at the top: ours left, the paper's right.
+
+    Args:
+        found: columns variant, method, paper, value, half; from ``paper.estimates``.
+        titles, units: of the two panels and their axes.
+    """
+    found = found.sort_values("value", ascending=False).reset_index(drop=True)
+    figure, axes = _panels(2, width=3.7, height=3.4, sharey=True)
+    for ax, column, title, unit in zip(axes[0], ("value", "paper"), titles, units, strict=True):
+        for place, row in found.iterrows():
+            bar = row["half"] if column == "value" else None
+            style = {"markersize": 8} | look(row["method"])
+            ax.errorbar(row[column], place, xerr=bar, capsize=3, linestyle="none", **style)
+        ax.set(title=title, xlabel=unit, xscale="log")
+        ax.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())
+    axes[0][0].set_yticks(found.index, found["variant"])
+    return figure
+
+
+def cells_figure(number: int, measured: pd.DataFrame, unit: str) -> Figure:
+    """The rows of one of Tables 3 to 13 against NFE: ours left, the paper's right.
+
+    Rows of one kind (r, M, schedules, ...) take colours from dark to light in their order.
+    """
+    keys = [*ROWS[number], "nfe", "paper"]
+    found = estimates(row_names(measured, number), by=keys)
+    figure, axes = _panels(2)
+    groups = list(found.groupby(ROWS[number], sort=False))
+    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(groups)))
+    for (names, rows), colour in zip(groups, colours, strict=True):
+        rows = rows.sort_values("nfe")
+        label = ", ".join(map(str, names if isinstance(names, tuple) else (names,)))
+        style = {"color": colour, "marker": "o", "markersize": 4, "label": label}
+        axes[0][0].errorbar(rows["nfe"], rows["value"], rows["half"], capsize=2, **style)
+        axes[0][1].plot(rows["nfe"], rows["paper"], **style)
+    for ax, title, label in zip(axes[0], ("ours", "the paper"), (unit, "FID"), strict=True):
+        _log_scale(ax)
+        _axis_of_nfe(ax, found["nfe"].unique())
+        ax.set(title=title, ylabel=label)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    return figure
+
+
+def against_loss(found: pd.DataFrame, unit: str) -> Figure:
+    """Figure 8: quality against NFE, a line per method and training loss.
+
+    Args:
+        found: columns method, loss, nfe, value, half; from ``paper.estimates``.
+    """
+    figure, axes = _panels(1, width=5.6)
+    ax = axes[0][0]
+    for (method, loss), rows in found.groupby(["method", "loss"], sort=False):
+        style = look(method) | {"linestyle": "--" if loss == "l2" else "-"}
+        ax.errorbar(
+            rows["nfe"], rows["value"], rows["half"], capsize=2, label=f"{method}, {loss}", **style
+        )
+    _log_scale(ax)
+    _axis_of_nfe(ax, found["nfe"].unique())
+    ax.set(ylabel=unit)
+    ax.legend()
+    return figure
+
+
+def trajectory_pca(curves: dict) -> Figure:
+    """Figure 4: relative projection error along t, and cumulative variance of the components."""
+    figure, axes = _panels(2)
+    left, right = axes[0]
+    t, error = np.array(curves["t"]), 100 * np.array(curves["relative_error"])
+    spread = 100 * np.array(curves["relative_error_sd"])
+    left.plot(t, error, color="#0072B2")
+    left.fill_between(t, error - spread, error + spread, color="#0072B2", alpha=0.2, linewidth=0)
+    left.axhline(8, color="#D55E00", linestyle="--", label="the paper's bound, 8 %")
+    left.set_xscale("log")
+    left.invert_xaxis()
+    left.set(xlabel="time t (noise level)", ylabel="relative projection error (%)", ylim=(0, None))
+    left.legend()
+    share = 100 * np.array(curves["cumulative_variance"])
+    right.plot(np.arange(1, len(share) + 1), share, "o-", color="#0072B2")
+    right.yaxis.get_major_formatter().set_useOffset(False)
+    right.set(xlabel="number of principal components", ylabel="cumulative variance (%)")
+    return figure
+
+
+def alignment(curves: dict[str, dict]) -> Figure:
+    """Figure 5: relative alignment at every step (left), and the searched r_n (right)."""
+    figure, axes = _panels(2)
+    left, right = axes[0]
+    for method, found in curves.items():
+        steps = np.arange(1, len(found["r"]) + 1)
+        gain = np.array(found["baseline"]) - np.array(found["searched"])
+        left.plot(steps, gain, label=method, **look(method))
+        right.plot(steps, found["r"], **look(method))
+    left.axhline(0, color="#888888", linewidth=1)
+    left.set_yscale("symlog", linthresh=0.01)
+    left.set(ylabel="relative alignment (norm of the state)")
+    right.axhline(0.5, color="#888888", linestyle="--", linewidth=1)
+    right.set(ylabel="searched r", ylim=(0, 1))
+    for ax in (left, right):
+        ax.set_xlabel("step")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(loc="outside lower center", ncols=5)
+    return figure
+
+
+def learned_r(panels: dict[str, dict[int, list[dict]]]) -> Figure:
+    """Figure 7: r_n of every step, a panel per predictor and a line per NFE.
+
+    Args:
+        panels: title to {nfe: curves of each training seed}. The line is the mean over seeds, the
+            bar their range, the band one standard deviation over samples.
+    """
+    figure, axes = _panels(len(panels), sharey=True)
+    shades = ["#56B4E9", "#0072B2", "#CC79A7", "#D55E00"]
+    for (title, lines), ax in zip(panels.items(), axes[0], strict=True):
+        for (nfe, seeds), colour in zip(lines.items(), shades, strict=False):
+            r = np.array([curves["r"] for curves in seeds])
+            spread = np.mean([curves["r_sd"] for curves in seeds], axis=0)
+            steps, mean = np.arange(1, r.shape[1] + 1), r.mean(0)
+            bars = [mean - r.min(0), r.max(0) - mean]
+            ax.errorbar(steps, mean, bars, color=colour, marker="o", capsize=2, label=f"NFE {nfe}")
+            ax.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.2)
+        ax.axhline(0.5, color="#888888", linestyle="--", label="DPM-Solver-2")
+        ax.set(title=title, xlabel="step", ylabel="r", ylim=(0, 1))
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5)
+    return figure
+
+
+def local_errors(curves: dict[str, dict]) -> Figure:
+    """Table 1, measured: error of one step from the solution, for every step."""
+    figure, axes = _panels(1, width=6)
+    ax = axes[0][0]
+    for method, found in curves.items():
+        ax.plot(np.arange(1, len(found["rms"]) + 1), found["rms"], label=method, **look(method))
+    ax.set_yscale("log")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.set(xlabel="step", ylabel="local error (RMS norm)")
+    figure.legend(loc="outside lower center", ncols=4)
+    return figure
+
+
+def gains(panels: dict[str, pd.DataFrame], ylabels) -> Figure:
+    """What AMED-Plugin's gains are made of: plain solver, with AFS, with AFS and a learned step.
+
+    Args:
+        panels: title to frame with columns solver, nfe, plain, with_afs, with_both; from
+            ``audit.gains``.
+        ylabels: label of each panel's y axis.
+    """
+    frames = list(panels.values())
+    solvers = pd.concat(frames)["solver"].unique()
+    nfes = sorted(pd.concat(frames)["nfe"].unique())
+    figure = Figure(figsize=(8.8, 0.6 + 2.6 * len(panels)))
+    axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
+    width = len(nfes) + 0.5  # of a solver's group; a place is one NFE
+    places = {s: [i * width + j for j in range(len(nfes))] for i, s in enumerate(solvers)}
+    learned = {**look("AMED-Plugin"), "label": "learned step (AMED-Plugin with AFS)"}
+    for (title, frame), ylabel, ax in zip(panels.items(), ylabels, axes, strict=True):
+        for row in frame.itertuples():
+            x, colour = places[row.solver][nfes.index(row.nfe)], look(row.solver)["color"]
+            ax.plot([x - 0.3, x], [row.plain, row.with_afs], color="#888888", linestyle=":")
+            ax.plot([x, x + 0.3], [row.with_afs, row.with_both], color=learned["color"])
+            ax.plot(x - 0.3, row.plain, "o", color=colour, markerfacecolor="none")
+            ax.plot(x, row.with_afs, "o", color=colour)
+            ax.plot(x + 0.3, row.with_both, learned["marker"], color=learned["color"])
+        _log_scale(ax)
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.set_title(title, pad=20)
+        ax.set(ylabel=ylabel)
+        for solver in solvers:
+            centre = np.mean(places[solver])
+            place = {"transform": ax.get_xaxis_transform(), "ha": "center"}
+            ax.text(centre, 1.02, solver, color=look(solver)["color"], **place)
+    axes[-1].set_xticks(np.concatenate(list(places.values())), nfes * len(solvers))
+    axes[-1].set_xlabel("network evaluations per sample (NFE)")
+    grey = {"color": "#888888", "marker": "o", "linestyle": ":"}
+    axes[0].plot([], [], markerfacecolor="none", label="plain solver", **grey)
+    axes[0].plot([], [], label="with AFS", **grey)
+    axes[0].plot([], [], **learned)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure

@@ -1,0 +1,193 @@
+"""What a page of the book needs beside tables and figures: style, captions, numbers for prose."""
+
+import base64
+import io
+import json
+import re
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from IPython.display import HTML, Markdown, display
+from matplotlib.figure import Figure
+from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+from amedlib.datasets.entries import Entry, describe
+from amedlib.study import plans
+from amedlib.study.execute import run
+from amedlib.study.published import ROWS, published, row_names
+from amedlib.study.store import RESULTS
+from amedlib.study.uncertainty import (
+    against_baseline,
+    estimates,
+    with_interval,
+)
+
+
+def use_style() -> None:
+    """Vector output and a quiet style; call it once in a notebook."""
+    set_matplotlib_formats("svg")
+    plt.rcParams.update(
+        {
+            "figure.facecolor": "none",
+            "axes.facecolor": "none",
+            "savefig.facecolor": "none",
+            "svg.fonttype": "none",
+            "font.family": "sans-serif",
+            "font.size": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.25,
+            "legend.frameon": False,
+            "lines.linewidth": 1.6,
+            "lines.markersize": 6,
+            "figure.constrained_layout.use": True,
+        }
+    )
+
+
+def begin(dataset: str, results_dir=None, device=None, cluster=None) -> tuple[Entry, dict]:
+    """What most pages begin with: the style, the data set's entry, and where and how it is run.
+
+    Args:
+        results_dir: ``None``: data/results of this clone.
+
+    Returns:
+        The entry, and the arguments for ``execute.measure``.
+    """
+    use_style()
+    how = {"results_dir": results_dir or RESULTS, "device": device, "cluster": cluster}
+    return describe(dataset), how
+
+
+def glue(**numbers) -> None:
+    """Hand numbers to the book's prose; without the book extra this does nothing."""
+    try:
+        from myst_nb import glue as to_book
+    except ImportError:
+        return
+    for name, value in numbers.items():
+        to_book(name, value, display=False)
+
+
+def embedded(figure: Figure, alt: str) -> HTML:
+    """A figure as it can be glued into another page, which takes no vector graphics but in HTML."""
+    file = io.BytesIO()
+    figure.savefig(file, format="svg")
+    data = base64.b64encode(file.getvalue()).decode()
+    return HTML(f'<img alt="{alt}" src="data:image/svg+xml;base64,{data}">')
+
+
+def caption(text: str) -> None:
+    """Show a caption below a figure or table."""
+    display(Markdown(f"*{text}*"))
+
+
+def cells_caption(number: int, dataset: str, measured: pd.DataFrame) -> None:
+    """The caption of ``cells_table``: what was measured, on how many samples, how often trained."""
+    data, first = describe(dataset), measured["result"].iloc[0].run
+    what = f"{data.feature_distance_name} of {first.samples} samples to {data.reference_name}"
+    if first.metric == "endpoint_error":
+        what = f"Endpoint error of {first.samples} samples (root mean square distance to the ODE's "
+        what += "own solution)"
+    runs = [result.run for result in measured["result"] if result.run.predictor]
+    seeds = {nfe: len({r.predictor["seed"] for r in runs if r.nfe == nfe}) for nfe in measured.nfe}
+    trained = ", ".join(f"{n} at NFE {nfe}" for nfe, n in sorted(seeds.items()) if n)
+    one = " With one training its noise is not in the interval." if 1 in seeds.values() else ""
+    theirs = describe(published(f"table{number}")["dataset"].iloc[0]).title
+    caption(
+        f"Table {number} on {data.title}: {what}, lower is better, with 95 % intervals; best of "
+        f"ours in bold. Trainings of learned steps: {trained or 'none'}.{one} Beside or "
+        f"below them the paper's FID on {theirs}."
+    )
+
+
+def benchmarks(path: Path) -> dict:
+    """What ``python -m benchmarks all --output path`` wrote: the machine, and a frame per part.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"There are no measurements in {path}: python -m benchmarks all --output {path}"
+        )
+    report = json.loads(path.read_text())
+    return {k: v if k == "machine" else pd.DataFrame(v) for k, v in report.items()}
+
+
+def limits(dataset: str, n_samples: int, metric: str = "fd", **how) -> str:
+    """Sentences for captions: the limit of the model, and the floor where one is known."""
+    limit = run(plans.limit_run(dataset, n_samples, metric), **how)
+    text = (
+        f"EDM with {limit.run.nfe} NFE, all but the solution of the ODE, reaches "
+        f"{limit.value:.3g}: the limit of the model."
+    )
+    if describe(dataset).floor:
+        floor = run(plans.floor_runs(dataset)[metric], **how)
+        if "images" in floor.curves:
+            n = floor.curves["images"][0]
+            return f"{text} Floor, {n:,} real images that are not among those: {floor.value:.3g}."
+        n = floor.curves["images per half"][0]
+        text += (
+            f" Floor, {n} real images against as many others: {floor.value:.3g} (fewer images make "
+            "it larger, so it does not compare with the table)."
+        )
+    return text
+
+
+def how_they_compare(dataset: str) -> str:
+    """A sentence for captions: what our distance and the paper's have to do with each other."""
+    if describe(dataset).feature_distance_name == "FID":
+        return "Both are FID: values compare."
+    return "That is another distance: compare the order, not the values."
+
+
+def _slug(text: str) -> str:
+    return re.sub("[^A-Za-z0-9]+", "-", text)
+
+
+def plugin_numbers(measured: pd.DataFrame, endpoint: pd.DataFrame) -> dict[str, str]:
+    """Numbers of ``plans.plugin`` for the book's prose: values and differences with intervals."""
+    numbers = {}
+    for metric, frame in (("fd", measured), ("endpoint", endpoint)):
+        for row in estimates(frame, by=("variant",)).itertuples():
+            numbers[f"plugin_{metric}_{_slug(row.variant)}"] = with_interval(row.value, row.half)
+        for baseline, short in (("iPNDM", "plain"), ("iPNDM, AFS", "afs")):
+            for variant, found in against_baseline(frame, baseline).items():
+                low, high = found.interval
+                name = f"plugin_{metric}_{_slug(variant)}_vs_{short}"
+                numbers[name] = with_interval(found.value, (high - low) / 2)
+    return numbers
+
+
+def headline(ours: pd.DataFrame, judged: pd.DataFrame, nfe: int = 5) -> dict[str, str]:
+    """Numbers for the book's first page: quality at one NFE, counts of corrected verdicts."""
+    numbers = {
+        f"table2_{row.method}": with_interval(row.value, row.half)
+        for row in ours[ours["nfe"] == nfe].itertuples()
+    }
+    for claim, group in judged.groupby("id"):
+        counts = group["verdict"].value_counts()
+        numbers[f"table2_{claim}_holds"] = str(counts.get("holds", 0))
+        numbers[f"table2_{claim}_fails"] = str(counts.get("does not hold", 0))
+        numbers[f"table2_{claim}_all"] = str(len(group))
+    return numbers
+
+
+def not_run(number: int, dataset: str, on: str):
+    """A table of the paper that was not run on a data set: its numbers, and what would run it."""
+    rows = row_names(published(f"table{number}"), number)
+    frame = rows.assign(nfe="NFE " + rows["nfe"].astype(str)).pivot_table(
+        index=ROWS[number], columns="nfe", values="value", aggfunc="first", sort=False
+    )
+    frame = frame[sorted(frame, key=lambda name: int(name.split()[1]))]
+    frame.index.names = [None] * len(ROWS[number])
+    frame.columns.name = None
+    display(frame.style.format("{:.4g}", na_rep="–"))
+    theirs = describe(rows["dataset"].iloc[0]).title
+    caption(
+        f"Table {number}: the paper's FID on {theirs}. Not run on {describe(dataset).title}; to "
+        f"run it: `papermill notebooks/table{number}.ipynb out.ipynb -p dataset {on}`"
+    )

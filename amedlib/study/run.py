@@ -1,0 +1,255 @@
+"""A number is a Result; what determines it is a Run."""
+
+import hashlib
+import json
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from numbers import Real
+
+import torch
+
+from amedlib.checks import one_of, require
+from amedlib.compute import PRECISIONS
+from amedlib.datasets.entries import DATASETS, describe
+from amedlib.intermediate import TimeWise
+from amedlib.metrics import jackknife_error
+from amedlib.sampling import num_steps_for
+from amedlib.schedules import make_schedule
+from amedlib.solvers import TwoStage, make_solver
+from amedlib.training import FIRST_TRAINING_SEED, Training
+
+BLOCKS = 10  # disjoint blocks of samples, for the jackknife
+# What is measured of the samples of a method, and what else is measured.
+OF_SAMPLES = ("fd", "fd_pixels", "endpoint_error")
+METRICS = (
+    *OF_SAMPLES,
+    *("endpoint_accuracy", "floor_fd", "floor_fd_pixels", "trajectory_pca", "grid_search"),
+    *("local_error", "learned_r", "first_slope"),
+)
+
+# The fields of Training that a Run states itself.
+_SHARED = (
+    *("solver", "options", "schedule", "rho", "num_steps", "sigma_min", "sigma_max"),
+    *("noise_levels", "afs", "precision"),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that determines a number.
+
+    Attributes:
+        metric: what is measured, one of ``METRICS``; ``procedures.py`` says how.
+        dataset: a name that ``load_dataset`` knows.
+        solver, options: as in ``make_solver``.
+        schedule, rho, sigma_min, sigma_max: as in ``make_schedule``.
+        noise_levels: the model's own, for the schedule ``"discrete"``.
+        precision: in which the network computes, see ``in_precision``.
+        nfe: network evaluations per sample; the number of time points follows from it.
+        afs: analytical first step.
+        r: intermediate of fixed location: a number, or one per step, or ``"searched"``: those that
+            a grid search finds (the metric ``"grid_search"``) on as many samples as a predictor
+            is trained with here, none of them among those that are measured.
+        predictor: learned intermediate: fields of ``Training`` that are not stated here; completed
+            with what its recipe says, so that the Run names every one of them. Its ``num_steps`` is
+            the Run's own unless stated: that of another Run whose predictor serves here. So may
+            ``trained_on``, a data set, be another than the Run's.
+        samples: number of samples.
+        first_seed: sample i is drawn from seed ``first_seed + i``.
+
+    Raises:
+        ValueError: a field is outside its range, or the method cannot have this NFE.
+    """
+
+    metric: str = "fd"
+    dataset: str = "digits"
+    solver: str = "euler"
+    options: dict = field(default_factory=dict)
+    schedule: str = "polynomial"
+    rho: float | None = None
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    noise_levels: str | None = None
+    precision: str = "float32"
+    nfe: int = 5
+    afs: bool = False
+    r: float | tuple[float, ...] | str | None = None
+    predictor: dict | None = None
+    samples: int = 5000
+    first_seed: int = 0
+
+    def __post_init__(self):
+        one_of("metric", self.metric, METRICS)
+        one_of("precision", self.precision, PRECISIONS)
+        data = describe(self.dataset)
+        if self.metric in OF_SAMPLES:
+            one_of(f"metric of {self.dataset!r}", self.metric, data.metrics)
+        for name, low, high in (
+            ("samples", 2 * BLOCKS, 10**8),
+            ("first_seed", 0, 10**15),
+            ("nfe", 1, 1000),
+        ):
+            value = getattr(self, name)
+            require(
+                isinstance(value, int) and low <= value <= high,
+                name,
+                value,
+                f"a whole number of at least {low} and at most {high:,}",
+            )
+        require(isinstance(self.options, dict), "options", self.options, "a dictionary")
+        require(isinstance(self.afs, bool), "afs", self.afs, "True or False")
+        require(
+            self.predictor is None or isinstance(self.predictor, dict),
+            "predictor",
+            self.predictor,
+            "None or a dictionary",
+        )
+        require(
+            self.metric != "endpoint_error" or self.samples <= data.endpoint_samples,
+            "samples",
+            self.samples,
+            f"at most {data.endpoint_samples} for the endpoint error of {self.dataset!r}",
+        )
+        require(
+            self.r is None or self.predictor is None,
+            "r and predictor",
+            (self.r, self.predictor),
+            "given one at a time",
+        )
+        if isinstance(self.r, list):
+            object.__setattr__(self, "r", tuple(self.r))
+        if self.r is not None and self.r != "searched":
+            each = self.r if isinstance(self.r, tuple) else (self.r,)
+            # Nearer to the ends, differences over the step drown in rounding.
+            require(
+                all(isinstance(r, Real) and 0.001 <= r <= 0.999 for r in each),
+                "r",
+                self.r,
+                "strictly between 0 and 1, from 0.001 to 0.999; one number or one per step",
+            )
+            TimeWise(self.r).check(self.num_steps - 1)
+        if self.predictor is not None:
+            known = [f.name for f in fields(Training) if f.name not in _SHARED]
+            for name in self.predictor:
+                one_of("a field of predictor", name, [*known, "num_steps", "trained_on"])
+            one_of("trained_on of predictor", self.trained_on, DATASETS)
+            full = asdict(self.training)
+            if full["num_steps"] != self.num_steps:
+                require(
+                    full["form"] != "table",
+                    "num_steps of predictor",
+                    full["num_steps"],
+                    f"the Run's own, {self.num_steps}, in the form 'table'",
+                )
+                known.append("num_steps")
+            predictor = {name: full[name] for name in known}
+            object.__setattr__(self, "predictor", predictor | self._elsewhere)
+        self.times()
+
+    @property
+    def num_steps(self) -> int:
+        """Number of time points, from the NFE."""
+        solver = make_solver(self.solver, **self.options)
+        middle = self.r is not None or self.predictor is not None
+        if isinstance(solver, TwoStage) and solver.r is None:
+            require(
+                middle, "r and predictor", None, f"given, one of them, for solver {self.solver!r}"
+            )
+        per_call = describe(self.dataset).evaluations_per_call
+        return num_steps_for(self.nfe, solver, self.afs, middle, per_call)
+
+    @property
+    def training(self) -> Training:
+        """The training of the predictor."""
+        shared = {name: getattr(self, name) for name in _SHARED}
+        stated = {name: value for name, value in self.predictor.items() if name != "trained_on"}
+        return Training(**shared | stated)
+
+    @property
+    def trained_on(self) -> str:
+        """The data set that the predictor was trained on."""
+        return (self.predictor or {}).get("trained_on", self.dataset)
+
+    @property
+    def _elsewhere(self) -> dict:
+        """That data set, if it is another one than the Run's."""
+        return {} if self.trained_on == self.dataset else {"trained_on": self.trained_on}
+
+    def times(self) -> torch.Tensor:
+        """The time points [N]."""
+        return self._schedule(self.num_steps)
+
+    def refined(self, every: int) -> torch.Tensor:
+        """The time points with ``every`` steps for one."""
+        return self._schedule(every * (self.num_steps - 1) + 1)
+
+    def _schedule(self, points):
+        ends = self.sigma_min, self.sigma_max
+        return make_schedule(self.schedule, points, *ends, self.rho, self.noise_levels)
+
+    def search(self) -> "Run":
+        """The grid search for the r of a Run whose r is ``"searched"``."""
+        images = Training(**describe(self.dataset).training | {"recipe": "paper"}).images
+        fields = {"metric": "grid_search", "r": 0.5, "samples": images}
+        return Run(**(asdict(self) | fields | {"first_seed": FIRST_TRAINING_SEED}))
+
+    @property
+    def key(self) -> str:
+        """A hash of all fields that differ from their defaults.
+
+        So a field that is added later leaves the results there are where they are. A default that
+        is changed is found out when a result is loaded, since its file states every field.
+        """
+        predictor = self.predictor and changed(self.training) | self._elsewhere
+        # Stored results have a version in their keys, which was never raised.
+        stated = {"metric": self.metric, "predictor": predictor, "version": 1}
+        return short_hash(changed(self) | stated)
+
+    def with_metric(self, metric: str) -> "Run":
+        """The same, measured otherwise."""
+        return Run(**(asdict(self) | {"metric": metric}))
+
+
+def changed(record) -> dict:
+    """The fields of a dataclass that differ from their defaults."""
+    defaults = {
+        f.name: f.default if f.default_factory is MISSING else f.default_factory()
+        for f in fields(record)
+    }
+    return {name: value for name, value in asdict(record).items() if value != defaults[name]}
+
+
+def short_hash(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A measured number and where it comes from.
+
+    Attributes:
+        run: what was asked for.
+        value: the number.
+        replicates: its values with one of the disjoint blocks of samples left out in turn; empty
+            where the procedure has no sampling error.
+        curves: what belongs to the number and is more than one number, as named lists.
+        nfe: evaluations per sample, counted.
+        seconds: of computation, the blocks' added up; without training, search and the ODE's
+            solution, which Runs share.
+        device, versions, fingerprint, created: where, with what, by which code and weights, when.
+    """
+
+    run: Run
+    value: float
+    replicates: list[float]
+    curves: dict[str, list]
+    nfe: int
+    seconds: float
+    device: str
+    versions: dict[str, str]
+    fingerprint: str
+    created: str
+
+    @property
+    def error(self) -> float:
+        """Standard error of the value from sampling (block jackknife); 0 without replicates."""
+        return jackknife_error(self.replicates) if self.replicates else 0.0

@@ -1,0 +1,267 @@
+"""The tables of the book."""
+
+import numpy as np
+import pandas as pd
+from IPython.display import Markdown
+
+from amedlib.datasets.files import ASSETS, DATA
+from amedlib.study import plans
+from amedlib.study.execute import measure
+from amedlib.study.published import ROWS, row_names
+from amedlib.study.uncertainty import against_baseline, estimates, with_interval
+
+
+def comparison_table(ours: pd.DataFrame, paper: pd.DataFrame | None = None, unit="FD"):
+    """Methods against NFE: ours with its 95 % interval, the paper's beside it where it has one.
+
+    Args:
+        ours: columns method, nfe, value, half.
+        paper: columns method, nfe, paper.
+        unit: what ours is called, in the heading.
+    """
+    cells, best = {}, []
+    for nfe, rows in ours.groupby("nfe"):
+        rows = rows.set_index("method")
+        key = (f"NFE {nfe}", unit)
+        cells[key] = {m: with_interval(r["value"], r["half"]) for m, r in rows.iterrows()}
+        best.append((rows["value"].idxmin(), key))
+        if paper is not None:
+            values = paper[paper["nfe"] == nfe].set_index("method")["paper"]
+            cells[f"NFE {nfe}", "paper"] = {
+                m: f"{values[m]:.4g}" for m in rows.index if m in values
+            }
+    frame = pd.DataFrame(cells).reindex(ours["method"].unique()).fillna("–")
+    frame.index.name = None
+    bold = pd.DataFrame("", frame.index, frame.columns)
+    for method, key in best:
+        bold.loc[method, key] = "font-weight: bold"
+    return frame.style.apply(lambda _: bold, axis=None)
+
+
+def cells_table(number: int, measured: pd.DataFrame, unit: str):
+    """One of Tables 3 to 13: ours with its 95 % interval, the paper's number beside it.
+
+    At more than four NFE the paper's number stands below ours, in small print.
+
+    Args:
+        measured: columns ``plans.KEY``, ``paper`` and ``result``.
+        unit: what ours is called, in the heading.
+    """
+    keys = [*ROWS[number], "nfe", "paper"]
+    found = estimates(row_names(measured, number), by=keys).sort_values("nfe", kind="stable")
+    best = found.groupby("nfe")["value"].idxmin()
+    ours = [with_interval(row.value, row.half) for row in found.itertuples()]
+    theirs = found["paper"].map("{:.4g}".format)
+    if found["nfe"].nunique() > 4:
+        columns = {unit: [f"{a}<br><small>{b}</small>" for a, b in zip(ours, theirs, strict=True)]}
+    else:
+        columns = {unit: ours, "paper": theirs}
+    found = found.assign(**columns, nfe="NFE " + found["nfe"].astype(str))
+    order = [(nfe, whose) for nfe in found["nfe"].unique() for whose in columns]
+    shape = {"index": ROWS[number], "columns": "nfe", "sort": False, "aggfunc": "first"}
+    frame = found.pivot_table(values=list(columns), **shape).swaplevel(axis=1)[order]
+    bold = found.assign(**dict.fromkeys(columns, "")).astype(dict.fromkeys(columns, object))
+    bold.loc[best, unit] = "font-weight: bold"
+    bold = bold.pivot_table(values=list(columns), **shape).swaplevel(axis=1)[order]
+    frame, bold = (each.reindex(frame.index) for each in (frame, bold))
+    if len(columns) == 1:
+        frame, bold = (each.droplevel(1, axis=1) for each in (frame, bold))
+    shown = [name if name in ("AFS", "AMED") else None for name in ROWS[number]]
+    frame.index.names = bold.index.names = shown
+    frame.columns.names = bold.columns.names = [None] * frame.columns.nlevels
+    return frame.fillna("–").style.apply(lambda _: bold.fillna(""), axis=None)
+
+
+def entries_table(entries):
+    """Declared data sets with their settings, a row each."""
+    rows = {
+        entry.name: {
+            "title": entry.title,
+            "shape": "x".join(map(str, entry.shape)),
+            "noise levels": f"{entry.sigma_min:.3g} to {entry.sigma_max:.4g}",
+            "schedule": entry.schedule or "–",
+            "plugin on": entry.plugin,
+            "AFS": "✓" if entry.afs else "✗",
+            "guidance": "–" if entry.guidance is None else f"{entry.guidance:g}",
+            "loss": entry.training.get("loss", "l2"),
+            "batch": entry.training.get("batch", 128),
+            "samples": entry.samples,
+            "precision": entry.precision,
+            "evaluations per call": entry.evaluations_per_call,
+        }
+        for entry in entries
+    }
+    return pd.DataFrame(rows).T.style
+
+
+def assets_table(entries):
+    """The files of data sets: size, licence, where from, and whether a checksum is published."""
+    names = dict.fromkeys(name for entry in entries for name in entry.assets)
+    rows = {
+        name: {
+            "size": f"{asset.size / 1e6:,.0f} MB" if asset.size else "–",
+            "licence": asset.licence,
+            "checksum": (asset.checksum or "–").split(":")[0],
+            "from": asset.urls[0].split("/")[2],
+        }
+        for name, asset in ((name, ASSETS[name]) for name in names)
+    }
+    return pd.DataFrame(rows, index=["size", "licence", "checksum", "from"]).T.style
+
+
+MARKS = {
+    "holds": "✓ holds",
+    "does not hold": "✗ does not hold",
+    "mixed": "~ mixed",
+    "undecided": "? undecided",
+    "not run": "– not run",
+}
+
+
+def _with_caption(frame: pd.DataFrame, text: str):
+    below = "caption-side: bottom; text-align: left; font-style: italic"
+    styles = {"caption": below, "th.row_heading.level1": "min-width: 8em"}
+    styles = [{"selector": name, "props": props} for name, props in styles.items()]
+    return frame.style.set_caption(text).set_table_styles(styles)
+
+
+def verdict_table(judged: pd.DataFrame):
+    """Claims with the difference that tests them: rows comparisons, columns NFE.
+
+    Args:
+        judged: of ``claims.judge``.
+    """
+    if judged.empty:
+        return Markdown("*No claim of the paper about this table can be tested on this data set.*")
+    cells = []
+    for row in judged.itertuples():
+        alone = "" if row.uncorrected == row.verdict else f" (alone {MARKS[row.uncorrected][0]})"
+        value = with_interval(row.difference, (row.high - row.low) / 2)
+        cells.append(f"{MARKS[row.verdict]}{alone}<br>{value}{' †' * row.pooled}")
+    rows = judged.assign(
+        cell=cells,
+        comparison=judged["better"] + " − " + judged["worse"],
+        nfe=[f"NFE {n:.0f}" if pd.notna(n) else "all" for n in judged["nfe"]],
+    )
+    frame = rows.pivot_table(
+        index=["sentence", "comparison"], columns="nfe", values="cell", aggfunc="first", sort=False
+    ).fillna("–")
+    frame = frame[sorted(frame, key=lambda name: (name == "all", int(name[4:] or 0)))]
+    frame.index.names = [None, None]
+    frame.columns.name = None
+    text = (
+        "Paired differences with half widths of their 95 % intervals; negative is what is claimed. "
+        "Verdicts are corrected for the number of different comparisons by Holm's method"
+    )
+    if (judged["uncorrected"] != judged["verdict"]).any():
+        text += '; "alone": by the interval shown'
+    if judged["pooled"].any():
+        text += ". † Trained once: the noise of training is that of other predictors"
+    return _with_caption(frame, text + ".")
+
+
+def ledger(claims: pd.DataFrame):
+    """The ledger: a claim per row with its mark here and in the paper, and where the evidence is.
+
+    Args:
+        claims: rows of ``claims.ledger``.
+    """
+
+    def outcome(found):
+        run = found["holds"] + found["fails"] + found["undecided"]
+        lines = [MARKS[found["verdict"]]]
+        if run:
+            counts = f"✓ {found['holds']}, ✗ {found['fails']}, ? {found['undecided']}"
+            rest = f" of {found['made']}" if run < found["made"] else ""
+            lines += [f"<small>{counts}{rest}</small>", f"<small>{found['example']}</small>"]
+        return "<br>".join(lines)
+
+    def evidence(source):
+        page = DATA.parent / "notebooks" / f"{source}.ipynb"
+        return f'<a href="{source}.html">{source}</a>' if page.is_file() else source
+
+    frame = pd.DataFrame(
+        {
+            "claim": [
+                f"{row.sentence}<br><small>{row.place}. {row.note}</small>"
+                for row in claims.itertuples()
+            ],
+            "here": claims["fd"].map(outcome).tolist(),
+            "here, endpoint error": claims["endpoint_error"].map(outcome).tolist(),
+            "in the paper's tables": claims["in_print"].tolist(),
+            "evidence": claims["source"].map(evidence).tolist(),
+        },
+        index=claims["id"].tolist(),
+    )
+    wrapped = {"text-align": "left", "vertical-align": "top", "white-space": "normal"}
+    style = frame.style.set_properties(**wrapped)
+    return style.set_properties(subset=["claim"], **{"min-width": "14em"})
+
+
+def crossed_table(found: pd.DataFrame, rows: list[str], columns: list[str]):
+    """Estimates with their 95 % intervals, crossed by columns of the frame."""
+    cells = [
+        with_interval(r.value, r.half) for r in found[["value", "half"]].itertuples(index=False)
+    ]
+    frame = found.assign(cell=cells).pivot_table(
+        index=rows, columns=columns, values="cell", aggfunc="first", sort=False
+    )
+    frame.index.names = [None] * len(rows)
+    return frame.fillna("–").style
+
+
+def variants_table(frames: dict[str, pd.DataFrame], baselines: list[str]):
+    """Variants against baselines: for every frame the value and the paired differences.
+
+    Args:
+        frames: heading to frame with columns variant, result; from ``paper.measure``.
+        baselines: variants to take differences to.
+    """
+    cells = {}
+    for heading, frame in frames.items():
+        values = estimates(frame, by=("variant",)).set_index("variant")
+        cells[heading, "value"] = {
+            variant: with_interval(row.value, row.half) for variant, row in values.iterrows()
+        }
+        for baseline in baselines:
+            found = against_baseline(frame, baseline)
+            cells[heading, f"minus {baseline}"] = {
+                variant: with_interval(e.value, (e.interval[1] - e.interval[0]) / 2)
+                for variant, e in found.items()
+            }
+    order = next(iter(frames.values()))["variant"].unique()
+    return pd.DataFrame(cells).reindex(order).fillna("–").style
+
+
+def learned_r_table(measured: pd.DataFrame) -> pd.DataFrame:
+    """Learned r: rows method and NFE, columns steps; mean over seeds (largest sd over samples)."""
+    rows = {}
+    for (method, nfe), group in measured.groupby(["method", "nfe"], sort=False):
+        curves = [result.curves for result in group["result"]]
+        means = np.mean([c["r"] for c in curves], axis=0)
+        spreads = np.max([c["r_sd"] for c in curves], axis=0)
+        rows[method, f"NFE {nfe}"] = {
+            f"step {i}": f"{mean:.3f} ({spread:.3f})"
+            for i, (mean, spread) in enumerate(zip(means, spreads, strict=True), 1)
+        }
+    return pd.DataFrame(rows).T.fillna("–")
+
+
+def by_training_seed(
+    dataset: str, method: str, nfe: int, seeds=plans.SEEDS, n_samples: int = 5000, **how
+) -> pd.DataFrame:
+    """One method at one NFE, a row per training seed: quality, r and final loss of every step."""
+    columns = {}
+    for metric, n in (("fd", n_samples), ("endpoint_error", n_samples), ("learned_r", 1000)):
+        planned = plans.table2(dataset, [method], [nfe], seeds, n, metric=metric)
+        columns[metric] = measure(planned, **how)["result"]
+    rows = {}
+    for i, seed in enumerate(seeds):
+        curves = columns["learned_r"][i].curves
+        rows[f"seed {seed}"] = {
+            ("final", "FD"): columns["fd"][i].value,
+            ("final", "endpoint error"): columns["endpoint_error"][i].value,
+            **{("learned r", f"step {n}"): r for n, r in enumerate(curves["r"], 1)},
+            **{("loss", f"step {n}"): loss for n, loss in enumerate(curves["loss"], 1)},
+        }
+    return pd.DataFrame(rows).T

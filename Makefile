@@ -28,7 +28,7 @@ book: $(INSTALLED)  ## run the notebooks and build the book: _build/html/index.h
 	$(BIN)/python book/build.py
 
 test: $(INSTALLED)  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 test-paper: $(INSTALLED_PAPER)  ## the tests of FID, LPIPS and latent models, in .venv-paper
 	$(BIN_PAPER)/python -m pytest tests/paper

@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import random
 import shutil
 import signal
 import tempfile
@@ -23,6 +22,9 @@ from nbclient.exceptions import DeadKernelError
 from amedlib.study import execute, run
 from amedlib.study.execute import run_all
 from amedlib.study.store import load_result, predictor_path, result_path, solution_path
+
+# In one process: they share what they compare with.
+pytestmark = pytest.mark.xdist_group("faults")
 
 # Processes are forked from one that has imported everything, so that a new one takes no time.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -71,47 +73,45 @@ def finished(folder, log):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The study as it is when nothing happens, and the seconds it takes."""
+    """The study as it is when nothing happens."""
     folder = tmp_path_factory.mktemp("undisturbed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", faulty.HERE)
         assert finish(folder / "first") == 0  # starts the server that forks
-        began = time.monotonic()
         assert finish(folder / "second") == 0
-    seconds = time.monotonic() - began
     expected = numbers(folder / "first")
     assert len(expected) == 11 and numbers(folder / "second") == expected
-    return folder / "first", expected, seconds
+    return folder / "first", expected
 
 
 # --- killed ---------------------------------------------------------------------------------------
 
 
-def test_killed_at_twenty_moments_and_nothing_is_computed_twice(undisturbed, tmp_path):
-    _, expected, seconds = undisturbed
-    moments = random.Random(5)
-    kills = completed = 0
-    folder, log = tmp_path / "0", tmp_path / "log"
-    while kills < 20 or not completed:
+def test_killed_at_many_moments_and_nothing_is_computed_twice(undisturbed, tmp_path):
+    """At the start, in the first and later blocks, where training and search are, and at the end.
+
+    Each attempt goes on from the one before; 40 blocks are begun in all, and those that a kill cut
+    off once more.
+    """
+    _, expected = undisturbed
+    folder, log = tmp_path / "results", tmp_path / "log"
+    for blocks in (0, 1, 4, 11, 12, 21, 30, 36, None):
         before, count = finished(folder, log), len(faulty.begun(log))
         process = start(folder, environment={"FAULTS_LOG": str(log)})
-        # The first completes undisturbed only if it has been killed often enough.
-        process.join(moments.uniform(0, seconds) if kills < 20 else None)
-        process.kill()
+        if blocks is not None:
+            while len(faulty.begun(log)) < blocks:
+                assert process.is_alive()
+                time.sleep(0.002)
+            process.kill()
         process.join()
+        assert process.exitcode == (0 if blocks is None else -signal.SIGKILL)
         assert before.isdisjoint(faulty.begun(log)[count:])
-        if process.exitcode == 0:
-            assert numbers(folder) == expected
-            assert not list(folder.rglob("*.partial"))
-            completed += 1
-            folder, log = tmp_path / str(completed), tmp_path / f"log{completed}"
-        else:
-            assert process.exitcode == -signal.SIGKILL
-            kills += 1
+    assert numbers(folder) == expected
+    assert not list(folder.rglob("*.partial"))
 
 
 def test_a_killed_notebook_goes_on(undisturbed, tmp_path):
-    _, expected, _ = undisturbed
+    _, expected = undisturbed
     folder, log = tmp_path / "results", tmp_path / "log"
     code = (
         "import os, faulty\n"
@@ -158,7 +158,7 @@ def workers(monkeypatch, tmp_path):
 
 def test_workers_that_die_lose_no_number(undisturbed, workers, monkeypatch, tmp_path):
     """One is killed in the middle of a block; and a Run kills all who try it."""
-    _, expected, _ = undisturbed
+    _, expected = undisturbed
     monkeypatch.setenv("FAULTS_SLOW", "0.2")
     monkeypatch.setenv("FAULTS_DEADLY", "6")
     deadly = run.Run(solver="euler", nfe=6, samples=100)
@@ -192,7 +192,7 @@ def test_workers_that_die_lose_no_number(undisturbed, workers, monkeypatch, tmp_
 
 
 def test_a_full_disk_is_named_and_harms_nothing(undisturbed, tmp_path):
-    _, expected, _ = undisturbed
+    _, expected = undisturbed
     folder, why = tmp_path / "results", tmp_path / "why"
     assert finish(folder, file_size=600, environment={"FAULTS_WHY": str(why)}) == 1
     sentence = why.read_text()
@@ -216,7 +216,7 @@ def readable():
 
 
 def test_a_store_that_cannot_be_written_is_read_all_the_same(undisturbed, readable, tmp_path):
-    original, _, _ = undisturbed
+    original, _ = undisturbed
     shutil.copytree(original, readable / "results")
     why = readable / "why"
     why.touch()
@@ -240,7 +240,7 @@ def test_a_store_that_cannot_be_written_is_read_all_the_same(undisturbed, readab
 
 
 def test_two_studies_in_one_store(undisturbed, tmp_path):
-    _, expected, _ = undisturbed
+    _, expected = undisturbed
     both = [start(tmp_path / "results") for _ in range(2)]
     for process in both:
         process.join()
@@ -251,7 +251,7 @@ def test_two_studies_in_one_store(undisturbed, tmp_path):
 
 def test_the_age_of_files_decides_nothing(undisturbed, tmp_path):
     """As after a clock that jumped: files are from 1970 and from the next century."""
-    _, expected, seconds = undisturbed
+    _, expected = undisturbed
     folder, log = tmp_path / "results", tmp_path / "log"
     how = {"environment": {"FAULTS_LOG": str(log)}}
     process = start(folder, **how)

@@ -731,7 +731,7 @@ def test_damaged_files_are_read_or_refused(tmp_path, write, mark):
             assert all(t.is_floating_point() and t.numel() for t in found.state.values())
             repr(found.init_kwargs)
         assert time.perf_counter() - start < 5
-    assert min(outcomes.values()) > 100
+    assert min(outcomes.values()) > 50  # how many exactly depends on the length of a path inside
     assert not mark.exists()
 
 

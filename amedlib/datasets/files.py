@@ -4,6 +4,9 @@ They lie in one folder, see ``cache_folder``. A file gets its name there only af
 checksum were found right. ``checksums.lock`` beside the files has a line for each, "checksum, size,
 time of modification in ns, name": a checksum that nobody publishes is pinned there by the first
 download, and a file that still has the size and time of its line is not hashed again.
+
+Of our own, since pooch begins a download that broke off from its first byte. What only downloads
+need is imported there: the embedded data sets make do without.
 """
 
 import errno
@@ -13,9 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import requests
 from filelock import FileLock
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 from tqdm.auto import tqdm
 
 from amedlib.checks import require
@@ -247,6 +248,9 @@ def _verify(asset: Asset, path: Path, folder: Path) -> str:
 
 def _download(asset: Asset, path: Path, folder: Path, progress: bool) -> str:
     """Bring the file to ``path`` from the first address that has the right one; its checksum."""
+    import requests
+    from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
+
     part = Path(f"{path}.part")
     failures = []
     for url in asset.urls:
@@ -278,6 +282,8 @@ def _download(asset: Asset, path: Path, folder: Path, progress: bool) -> str:
 
 
 def _is_transient(error: BaseException) -> bool:
+    import requests
+
     if not isinstance(error, requests.RequestException):
         return False
     return error.response is None or error.response.status_code in TRANSIENT
@@ -290,6 +296,8 @@ def _etag(part: Path) -> Path:
 
 def _append_rest(asset: Asset, url: str, part: Path, progress: bool) -> None:
     """Append to ``part`` what it lacks of ``url``, or write it anew where that cannot be had."""
+    import requests
+
     done = part.stat().st_size if part.exists() else 0
     if done and done == asset.size:
         return

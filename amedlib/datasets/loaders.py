@@ -42,7 +42,8 @@ class Dataset(Entry):
         distances: the name of a training loss to a distance of states, twice [B, C, H, W] to [B].
         fingerprint: hash of the weights.
         labels: seeds to what the denoiser gets as labels, one per seed; ``None``: nothing.
-        real_images: images of the reference part [n, C, H, W] in [-1, 1], where they are at hand.
+        real_images: returns the images of the reference part [n, C, H, W] in [-1, 1], where they are
+            at hand.
         held_out: by metric, moments of blocks of real images that are not in the reference, where
             they are shipped in the place of images.
     """
@@ -53,7 +54,7 @@ class Dataset(Entry):
     distances: Callable[[str], Callable]
     fingerprint: str
     labels: Callable[[Sequence[int]], torch.Tensor] | None = None
-    real_images: torch.Tensor | None = None
+    real_images: Callable[[], torch.Tensor] | None = None
     held_out: dict[str, list[Moments]] | None = None
 
     @cached_property
@@ -119,12 +120,17 @@ def _digits(entry: Entry, device: str) -> Dataset:
     classifier = DigitsClassifier()
     classifier.load_state_dict(weights)
     classifier.eval().requires_grad_(False).to(device)
-    digits = load_digits_images()
-    real = digits.images[digits.reference_part].to(device)
+
+    @cache
+    def real_images():  # scikit-learn has them, which who only samples need not have
+        digits = load_digits_images()
+        return digits.images[digits.reference_part].to(device)
+
     centred = entry.name != "digits_uncentred" and entry.guidance is None
     offset = mean if centred else torch.zeros_like(mean)
 
     def judge():
+        real = real_images()
         return classifier.features, {
             "fd": Moments.of(classifier.features(real)),
             "fd_pixels": Moments.of(real.flatten(1)),
@@ -142,7 +148,7 @@ def _digits(entry: Entry, device: str) -> Dataset:
         denoiser=network if centred else Shifted(network, mean),
         to_images=lambda x: quantise(x.float() + offset),
         judge=judge,
-        real_images=real,
+        real_images=real_images,
         distances=distances,
         fingerprint=hashlib.sha256((digest + classifier_digest).encode()).hexdigest()[:12],
     )

@@ -220,7 +220,7 @@ def floor(run: Run, context: Context, blocks=()) -> dict[str, Measured]:
 
     Where moments of other real images are shipped in their place: of these to the reference.
     """
-    images, held_out = context.data.real_images, context.data.held_out
+    held_out, real_images = context.data.held_out, context.data.real_images
     if held_out is not None:
         measured = {}
         for metric, parts in held_out.items():
@@ -228,7 +228,8 @@ def floor(run: Run, context: Context, blocks=()) -> dict[str, Measured]:
             curves = {"images": [sum(part.count for part in parts)]}
             measured[f"floor_{metric}"] = Measured(*leave_one_out(parts, statistic), curves)
         return measured
-    require(images is not None, "dataset", run.dataset, "one that has its real images at hand")
+    require(real_images is not None, "dataset", run.dataset, "one that has its real images at hand")
+    images = real_images()
     n = len(images) // 2
     features = {"fd": context.data.features(images), "fd_pixels": images.flatten(1)}
     measured = {}

@@ -189,7 +189,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 @torch.no_grad()
-def statistics(folder: Path, features, batch: int = 250) -> tuple[np.ndarray, np.ndarray]:
+def statistics(folder: Path, features, batch: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean and covariance of the features of the images below a folder."""
     total, outer, count = 0.0, 0.0, 0
     for images in torch.utils.data.DataLoader(Pictures(folder), batch):
@@ -206,8 +206,10 @@ def distance(mean, covariance, mean_ref, covariance_ref) -> float:
     return float(np.real(np.square(mean - mean_ref).sum() + trace))
 
 
-def samples_to_distance(draw, seeds, shape, to_bytes, features, reference, folder: Path) -> float:
-    """Sample into files in batches of 64, read the files, compare their features.
+def samples_to_distance(
+    draw, seeds, shape, to_bytes, features, reference, folder: Path, batch: int = 64
+) -> float:
+    """Sample into files, read the files, compare their features; all in batches of one size.
 
     Args:
         draw: latents to samples.
@@ -215,7 +217,7 @@ def samples_to_distance(draw, seeds, shape, to_bytes, features, reference, folde
         features: 8-bit images to features.
         reference: with mean and covariance.
     """
-    for first in range(0, len(seeds), 64):
-        part = seeds[first : first + 64]
+    for first in range(0, len(seeds), batch):
+        part = seeds[first : first + batch]
         write_pngs(to_bytes(draw(make_latents(part, shape))), part, folder)
-    return distance(*statistics(folder, features), reference.mean, reference.covariance)
+    return distance(*statistics(folder, features, batch), reference.mean, reference.covariance)

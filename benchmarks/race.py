@@ -4,6 +4,7 @@ import copy
 import statistics
 import tempfile
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -25,6 +26,8 @@ from .training import MIB, network
 
 # What was set out for: our time as a part of the released procedure's. Forward mode saves memory.
 AIMS = {"training": 0.85, "samples to FD": 0.7}
+# Of samples on either side: the released code's.
+BATCH = 64
 # The released code's recipe, which is the one that both sides can train by.
 RELEASE = {"recipe": "release", "scale_time": 0.2}
 STUDENTS = {
@@ -37,9 +40,10 @@ STUDENTS = {
 class Pair:
     """Both trainers of one configuration, batch by batch on the same latents."""
 
-    def __init__(self, net, config: Training, shape, dtype=torch.float32):
-        self.ours = Trainer(net, config, shape)
-        self.official = official.Trainer(net, config, shape, dtype=dtype)
+    def __init__(self, net, config: Training, shape, dtype=torch.float32, device="cpu"):
+        self.net = net
+        self.ours = Trainer(net, config, shape, device=device)
+        self.official = official.Trainer(net, config, shape, device, dtype)
         self.batches = count()
 
     def step_ours(self):
@@ -47,6 +51,26 @@ class Pair:
 
     def step_official(self):
         self.official.step(make_latents(self.ours.seeds(next(self.batches)), self.ours.shape))
+
+
+def count_evaluations(both: Pair) -> dict[str, float]:
+    """Calls of the network by either side in one batch of training, and the ratio to expect.
+
+    Counted by a hook on the network. In reverse mode every update also goes back through it once,
+    which is taken to cost as much as a call.
+    """
+    calls = {}
+    for side in ("ours", "official"):
+        made = []
+        handle = both.net.register_forward_pre_hook(lambda *_, made=made: made.append(1))
+        getattr(both, f"step_{side}")()
+        handle.remove()
+        calls[f"{side}, calls"] = len(made)
+    config = both.ours.config
+    if config.gradient == "forward":
+        return calls
+    ours, theirs = (value + config.num_steps - 1 for value in calls.values())
+    return calls | {"expected ratio": ours / theirs}
 
 
 def gradients(net, config: Training, shape, dtype=torch.float32) -> float:
@@ -99,19 +123,12 @@ def training(name: str, repeats: int | None = None, batch: int | None = None, st
         for gradient in ("reverse", "forward") if student == "AMED-Solver" else ("reverse",):
             config = Training(num_steps=points, batch=size, gradient=gradient, **RELEASE, **options)
             both = Pair(net, config, shape)
-            peaks, calls = {}, {}
+            peaks = {}
             for side in ("ours", "official"):
-                made = []
-                handle = net.register_forward_pre_hook(lambda *_, made=made: made.append(1))
                 with TensorMemory(net.parameters()) as memory:
                     getattr(both, f"step_{side}")()
-                handle.remove()
                 peaks[f"{side}, MiB"] = memory.peak / MIB
-                calls[f"{side}, calls"] = len(made)
-            more = {"network": name, "batch": size, **calls, **peaks}
-            if gradient == "reverse":  # a backward pass takes about as long as a call
-                ours, theirs = (value + points - 1 for value in calls.values())
-                more["expected ratio"] = ours / theirs
+            more = {"network": name, "batch": size, **count_evaluations(both), **peaks}
             more["memory ratio"] = peaks["ours, MiB"] / peaks["official, MiB"]
             more["difference of gradients"] = gradients(net, config, shape)
             if name == "digits":
@@ -175,17 +192,40 @@ def sampling(repeats: int = 9, batch: int | None = None):
         yield row(f"sampling, {student}, 5 NFE", ours, theirs, repeats, **more)
 
 
-def draw_distance(data, draw, seeds) -> float:
+@contextmanager
+def threads(number: int):
+    """PyTorch with a number of threads, for both sides alike."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def settings(net, side: str, call) -> dict[str, int]:
+    """The largest batch and the threads of a side's call, as the network sees them."""
+    seen = []
+    handle = net.register_forward_pre_hook(
+        lambda _, given: seen.append((len(given[0]), torch.get_num_threads()))
+    )
+    call()
+    handle.remove()
+    largest, used = (max(column) for column in zip(*seen, strict=True))
+    return {f"{side}, batch": largest, f"{side}, threads": used}
+
+
+def draw_distance(data, draw, seeds, batch: int | None = None) -> float:
     """The Frechet distance of samples, as ``amedlib.study`` has it: nothing leaves the memory."""
-    moments = None
-    for first in range(0, len(seeds), data.batch):
-        latents = make_latents(seeds[first : first + data.batch], data.shape)
+    moments, batch = None, batch or data.batch
+    for first in range(0, len(seeds), batch):
+        latents = make_latents(seeds[first : first + batch], data.shape)
         found = Moments.of(data.features(data.to_images(draw(latents))))
         moments = found if moments is None else moments + found
     return moments_distance(moments, data.reference["fd"])
 
 
-def draw_distance_officially(data, draw, seeds) -> float:
+def draw_distance_officially(data, draw, seeds, batch: int = BATCH) -> float:
     """The same through PNG files."""
     with tempfile.TemporaryDirectory() as folder:
         return official.samples_to_distance(
@@ -197,11 +237,12 @@ def draw_distance_officially(data, draw, seeds) -> float:
             lambda images: data.features(quantise(images.float() / 127.5 - 1)),
             data.reference["fd"],
             Path(folder),
+            batch,
         )
 
 
-def distance(repeats: int = 7, samples: int = 2000):
-    """From latents to the Frechet distance at 5 NFE."""
+def distance(repeats: int = 15, samples: int = 2000, batch: int = BATCH, number: int = 1):
+    """From latents to the Frechet distance at 5 NFE, with equal batches and threads."""
     data = amedlib.load_dataset("digits")
     _ = data.reference
     config, solver, times, predictor = _method(data, "AMED-Solver")
@@ -215,23 +256,35 @@ def distance(repeats: int = 7, samples: int = 2000):
     seeds, values = range(samples), {}
 
     def ours():
-        values["ours"] = draw_distance(data, draw, seeds)
+        values["ours"] = draw_distance(data, draw, seeds, batch)
 
     def theirs():
-        values["official"] = draw_distance_officially(data, draw_officially, seeds)
+        values["official"] = draw_distance_officially(data, draw_officially, seeds, batch)
 
-    found = row("samples to FD, AMED-Solver, 5 NFE", ours, theirs, repeats)
+    with threads(number):
+        how = settings(data.denoiser, "ours", ours) | settings(data.denoiser, "official", theirs)
+        found = row("samples to FD, AMED-Solver, 5 NFE", ours, theirs, repeats)
     yield found | {
         "network": "digits",
+        "batch": batch,
+        **how,
         "samples": samples,
         "difference of FD": abs(values["ours"] / values["official"] - 1),
     }
 
 
-def table(nfe: int = 5, images: int = 512, samples: int = 1000, repeats: int = 2):
+def table(
+    nfe: int = 5,
+    images: int = 512,
+    samples: int = 1000,
+    repeats: int = 2,
+    batch: int = BATCH,
+    number: int = 1,
+):
     """Table 2 at one NFE, small: every method is trained where it learns, sampled and judged.
 
-    The plain solvers' arithmetic is the library's on both sides, in batches of 500 and of 64.
+    The plain solvers' arithmetic is the library's on both sides. Both train in batches of 128,
+    sample in batches of ``batch`` and have ``number`` threads.
     """
     data = amedlib.load_dataset("digits")
     _ = data.reference
@@ -257,7 +310,7 @@ def table(nfe: int = 5, images: int = 512, samples: int = 1000, repeats: int = 2
                 for _ in range(trainer.batches):
                     trainer.step()
                 predictor = trainer.predictor
-            values["ours", method] = draw_distance(data, drawn_by(what, predictor), seeds)
+            values["ours", method] = draw_distance(data, drawn_by(what, predictor), seeds, batch)
 
     def theirs():
         for method, what in runs.items():
@@ -271,11 +324,15 @@ def table(nfe: int = 5, images: int = 512, samples: int = 1000, repeats: int = 2
                 def draw(x, config=config, predictor=predictor):
                     return official.sample(data.denoiser, x, config, predictor)
 
-            values["official", method] = draw_distance_officially(data, draw, seeds)
+            values["official", method] = draw_distance_officially(data, draw, seeds, batch)
 
-    found = row(f"Table 2 at {nfe} NFE, small", ours, theirs, repeats)
+    with threads(number):
+        found = row(f"Table 2 at {nfe} NFE, small", ours, theirs, repeats)
     yield found | {
         "network": "digits",
+        "batch": batch,
+        **{f"{side}, batch": batch for side in ("ours", "official")},
+        **{f"{side}, threads": number for side in ("ours", "official")},
         "methods": len(runs),
         "images": images,
         "samples": samples,

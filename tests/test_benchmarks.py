@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -261,9 +262,89 @@ def test_a_small_race_is_run(race):
     ]
     assert all(row["ratio"] > 0 and row["ours, s"] > 0 and row["official, s"] > 0 for row in rows)
     by_name = {row["what"]: row for row in rows}
-    assert by_name["samples to FD, AMED-Solver, 5 NFE"]["difference of FD"] < 1e-3
+    fd = by_name["samples to FD, AMED-Solver, 5 NFE"]
+    assert fd["difference of FD"] < 1e-3
+    assert {name: fd[name] for name in fd if name.endswith((", batch", ", threads"))} == {
+        "ours, batch": 64,
+        "official, batch": 64,
+        "ours, threads": 1,
+        "official, threads": 1,
+    }
     forward = by_name["training, AMED-Solver, forward"]
     assert forward["memory ratio"] < 1 and forward["in float64"] < 1e-10
+
+
+def backend():
+    """What decides how fast PyTorch is, whatever is asked of it."""
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    return {
+        "cuDNN": cudnn.enabled,
+        "benchmark": cudnn.benchmark,
+        "deterministic": cudnn.deterministic,
+        "TF32 in convolutions": cudnn.allow_tf32,
+        "TF32 in products": products.allow_tf32,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def watch(monkeypatch, trainer) -> list[dict]:
+    """The backend at the start of every step of a trainer and in every call of its network."""
+    seen, step = [], trainer.step
+
+    def watched(self, *args):
+        seen.append(backend())
+        net = getattr(self, "net", None) or self.denoiser
+        net = getattr(net, "denoiser", net)  # out of what sets the precision
+        handle = net.register_forward_pre_hook(lambda *_: seen.append(backend()))
+        step(self, *args)
+        handle.remove()
+
+    monkeypatch.setattr(trainer, "step", watched)
+    return seen
+
+
+@pytest.mark.parametrize("racer", ["float32", "float16", "float16, compiled"])
+def test_both_sides_of_the_race_on_a_gpu_have_the_same_backend(gpu, monkeypatch, racer):
+    ours = watch(monkeypatch, gpu.Trainer)
+    theirs = watch(monkeypatch, gpu.official.Trainer)
+    before = backend()
+    bench = gpu.Bench("cpu", 1000, tiny=True)
+    (row,) = gpu.race(bench, ["cifar10"], {racer: (gpu.RACERS | gpu.COMPILED)[racer]})
+    assert "failed" not in row
+    # Stated, not only compared: both sides could be wrong.
+    expected = before | {
+        "cuDNN": True,
+        "benchmark": True,
+        "deterministic": False,
+        "TF32 in convolutions": False,
+        "TF32 in products": False,
+    }
+    assert len(ours) > row["ours, calls"] and len(theirs) > row["official, calls"]
+    assert all(state == expected for state in ours + theirs)
+    assert backend() == before
+
+
+def test_both_sides_of_the_way_to_a_distance_have_the_same_backend(race, monkeypatch):
+    """In every evaluation of the network, whoever asks for it; the timed ones too."""
+    seen = {"draw_distance": [], "draw_distance_officially": []}
+
+    def watched(function, noted, data, draw, *args):
+        def noting(latents):
+            noted.append((len(latents), backend()))
+            return draw(latents)
+
+        return function(data, noting, *args)
+
+    for name, noted in seen.items():
+        monkeypatch.setattr(race, name, partial(watched, getattr(race, name), noted))
+    before = backend()
+    list(race.distance(repeats=2, samples=66))
+    list(race.table(nfe=3, images=2, samples=66, repeats=2))
+    ours, theirs = seen.values()
+    assert len(ours) == len(theirs) > 0
+    assert {size for size, _ in ours} == {size for size, _ in theirs} == {64, 2}
+    assert all(state == before | {"threads": 1} for _, state in ours + theirs)
+    assert backend() == before
 
 
 def test_the_race_on_a_gpu_is_tried(gpu):

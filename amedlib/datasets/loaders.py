@@ -42,8 +42,8 @@ class Dataset(Entry):
         distances: the name of a training loss to a distance of states, twice [B, C, H, W] to [B].
         fingerprint: hash of the weights.
         labels: seeds to what the denoiser gets as labels, one per seed; ``None``: nothing.
-        real_images: returns the images of the reference part [n, C, H, W] in [-1, 1], where they are
-            at hand.
+        real_images: returns the images of the reference part [n, C, H, W] in [-1, 1], where they
+            are at hand.
         held_out: by metric, moments of blocks of real images that are not in the reference, where
             they are shipped in the place of images.
     """

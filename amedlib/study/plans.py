@@ -317,7 +317,7 @@ def release(
 ) -> pd.DataFrame:
     """The AMED rows of Table 2 as the released code makes them; columns as of ``table2``.
 
-    Its AMED-Solver runs on the schedule time_uniform.
+    Its AMED-Solver runs on the schedule time_uniform, which the recipe does not set.
     """
     planned = [
         table2(

@@ -6,6 +6,7 @@ The method is loaded at once; what is sampled from, and the study, when first as
 from importlib import import_module
 
 from amedlib import denoisers, training
+from amedlib.checks import of_the_study
 from amedlib.intermediate import Intermediate, Predictor, TimeWise
 from amedlib.metrics import frechet_distance
 from amedlib.sampling import Sample, make_latents, sample
@@ -44,7 +45,8 @@ __all__ = [
 def __getattr__(name: str):
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_LATER[name]), name)
+    with of_the_study(f"amedlib.{name}"):
+        value = getattr(import_module(_LATER[name]), name)
     globals()[name] = value
     return value
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock
 from tqdm.auto import tqdm
 
-from amedlib.checks import require
+from amedlib.checks import of_the_study, require
 from amedlib.files import write_atomically
 
 LOCK_FILE = "checksums.lock"
@@ -32,7 +32,8 @@ TRANSIENT = (408, 416, 429, 500, 502, 503, 504)  # HTTP statuses that may be dif
 
 # What comes with the project: beside the library in a clone, inside it where it was installed.
 _INSIDE = Path(__file__).resolve().parents[1] / "data"
-DATA = _INSIDE if _INSIDE.is_dir() else _INSIDE.parents[1] / "data"
+INSTALLED = _INSIDE.is_dir()
+DATA = _INSIDE if INSTALLED else _INSIDE.parents[1] / "data"
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,8 @@ ASSETS: dict[str, Asset] = {
 
 
 def cache_folder() -> Path:
-    """The environment variable ``AMED_DATA``, or ``data/cache`` of the clone."""
-    default = DATA / "cache"
+    """``AMED_DATA`` of the environment; else ``data/cache`` of the clone or a folder of the user."""
+    default = "~/.cache/amedlib" if INSTALLED else DATA / "cache"
     return Path(os.environ.get("AMED_DATA") or default).expanduser().absolute()
 
 
@@ -248,8 +249,9 @@ def _verify(asset: Asset, path: Path, folder: Path) -> str:
 
 def _download(asset: Asset, path: Path, folder: Path, progress: bool) -> str:
     """Bring the file to ``path`` from the first address that has the right one; its checksum."""
-    import requests
-    from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
+    with of_the_study(f"The download of {asset.name}"):
+        import requests
+        from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
     part = Path(f"{path}.part")
     failures = []

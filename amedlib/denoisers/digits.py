@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from amedlib.checks import require
+from amedlib.checks import of_the_study, require
 
 GREY_LEVELS = 17
 SIGMA_DATA = 0.5416  # standard deviation of the centred images
@@ -37,7 +37,8 @@ class Digits(NamedTuple):
 
 def load_digits_images() -> Digits:
     """The data from scikit-learn's own copy (no download)."""
-    from sklearn.datasets import load_digits  # takes a second, which only users of the data pay
+    with of_the_study("The data set digits"):
+        from sklearn.datasets import load_digits  # takes a second, which only users of it pay
 
     data = load_digits()
     images = torch.from_numpy(data.images).float().unsqueeze(1) / 8 - 1

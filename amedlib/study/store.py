@@ -15,13 +15,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from amedlib.datasets.files import DATA
+from amedlib.datasets.files import DATA, INSTALLED
 from amedlib.datasets.loaders import Dataset
 from amedlib.files import load_tensors, save_tensors, write_atomically
 from amedlib.metrics import Moments
 from amedlib.study.run import BLOCKS, Result, Run, changed, short_hash
 
-RESULTS = DATA / "results"
+# Shipped ones in a clone; where the library was installed, a folder of the user's own.
+RESULTS = Path("amed_results").absolute() if INSTALLED else DATA / "results"
 
 
 def _folder(results_dir, run: Run) -> Path:

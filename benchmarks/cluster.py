@@ -12,7 +12,7 @@ from amedlib.checks import require
 from amedlib.datasets.entries import describe
 from amedlib.files import load_tensors
 from amedlib.study import costs, execute, plans, procedures, published, store
-from amedlib.study.cluster import links, local_cluster
+from amedlib.study.cluster import Board, local_cluster
 from amedlib.study.execute import run_all
 from amedlib.study.run import BLOCKS, Run
 from amedlib.study.store import RESULTS, load_result, predictor_path
@@ -83,20 +83,14 @@ def recorded(dataset: str = "digits", results_dir=RESULTS):
 def makespan(tasks, seconds, workers: int) -> float:
     """Seconds from the first task to the last, in the order of `study.cluster.do`."""
     number = {key: i for i, key in enumerate(tasks)}
-    missing, dependents = links(tasks)
-    ready = [(-tasks[key].priority, number[key], key) for key in tasks if not missing[key]]
-    heapq.heapify(ready)
-    running, now = [], 0.0
-    while ready or running:
-        while ready and len(running) < workers:
-            key = heapq.heappop(ready)[-1]
+    board, running, now = Board(tasks), [], 0.0
+    while True:
+        while len(running) < workers and (key := board.next()) is not None:
             heapq.heappush(running, (now + seconds[key], number[key], key))
+        if not running:
+            return now
         now, _, key = heapq.heappop(running)
-        for each in dependents[key]:
-            missing[each].discard(key)
-            if not missing[each]:
-                heapq.heappush(ready, (-tasks[each].priority, number[each], each))
-    return now
+        board.done(key)
 
 
 def longest_chain(tasks, seconds) -> tuple[float, list[str]]:

@@ -34,7 +34,7 @@ def outcome(tasks, executor=None):
         key: Task(act, (key, key in tasks.get("broken", ())), needs, priority)
         for key, (needs, priority) in tasks["of"].items()
     }
-    with connect(executor=executor) as workers:
+    with connect(executor) as workers:
         failed = do(given, workers, lambda: ticks.append(1))
     assert len(ticks) == len(set(done)) - len(tasks.get("broken", ()))
     return done, {key: str(error) for key, error in failed.items()}
@@ -144,7 +144,7 @@ def test_where_it_executes_changes_no_bit(toy, address, tmp_path):
         torch.set_num_threads(1)
     assert (serial["seconds"] > 0).all()
     with ThreadPoolExecutor(3) as threads:
-        for name, how in {"a": {"executor": threads}, "b": {"cluster": address}}.items():
+        for name, how in {"a": {"cluster": threads}, "b": {"cluster": address}}.items():
             found = run_all(faulty.RUNS, tmp_path / name, "cpu", progress=False, **how)
             assert bits(found) == bits(serial)
             assert not list((tmp_path / name).rglob("*.partial"))

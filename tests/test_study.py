@@ -196,7 +196,7 @@ def test_a_study_keeps_the_order_in_every_executor(toy, tmp_path):
     ]
     serial = execute.run_all(runs, tmp_path / "a", progress=False)
     with ThreadPoolExecutor(2) as executor:
-        parallel = execute.run_all(runs, tmp_path / "b", executor=executor, progress=False)
+        parallel = execute.run_all(runs, tmp_path / "b", cluster=executor, progress=False)
     assert list(serial["nfe"]) == [5, 3, 4] * 2
     assert list(serial["value"]) == list(parallel["value"])
     assert list(serial["metric"]) == ["fd"] * 3 + ["endpoint_error"] * 3

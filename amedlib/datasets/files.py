@@ -142,7 +142,7 @@ ASSETS: dict[str, Asset] = {
 
 
 def cache_folder() -> Path:
-    """``AMED_DATA`` of the environment; else ``data/cache`` of the clone or a folder of the user."""
+    """``AMED_DATA`` of the environment, else ``data/cache`` of the clone, or the user's cache."""
     default = "~/.cache/amedlib" if INSTALLED else DATA / "cache"
     return Path(os.environ.get("AMED_DATA") or default).expanduser().absolute()
 

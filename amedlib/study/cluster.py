@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 
 import torch
 from tqdm.auto import tqdm
@@ -60,24 +61,27 @@ class Workers:
 
 def check_cluster(cluster) -> None:
     """Raise ``ValueError`` unless ``cluster`` is what ``connect`` can connect to."""
+    if isinstance(cluster, Executor):
+        return
     number = isinstance(cluster, int) and not isinstance(cluster, bool) and cluster >= 1
     address = isinstance(cluster, str) and re.fullmatch(r"\w+://\S+", cluster)
     require(
         cluster is None or cluster == "local" or number or bool(address),
         "cluster",
         cluster,
-        "None (this process), 'local', a number of workers on this machine, or the address of a "
-        "Dask scheduler such as 'tcp://host:8786'",
+        "None (this process), 'local', a number of workers on this machine, the address of a Dask "
+        "scheduler such as 'tcp://host:8786', or an executor of concurrent.futures",
     )
 
 
 @contextmanager
-def connect(cluster=None, executor: Executor | None = None, device=None) -> Iterator[Workers]:
-    """The workers of a cluster, of an executor or, with neither, this process.
+def connect(cluster=None, device=None) -> Iterator[Workers]:
+    """The workers of a cluster; this process with ``None``.
 
     Args:
         cluster: ``"local"`` starts workers on this machine, one per GPU if there are GPUs, or else
-            one per core; a number, as many; the address of a Dask scheduler, its own.
+            one per core; a number, as many; the address of a Dask scheduler, its own; an executor
+            of ``concurrent.futures``, what it has.
         device: what the workers compute on; decides which ``"local"`` starts.
 
     Raises:
@@ -86,7 +90,13 @@ def connect(cluster=None, executor: Executor | None = None, device=None) -> Iter
     """
     check_cluster(cluster)
     if cluster is None:
-        yield _of_executor(executor) if executor else Workers(_here, lambda f, *args: [f(*args)])
+        yield Workers(_here, lambda function, *args: [function(*args)])
+        return
+    if isinstance(cluster, Executor):
+        yield Workers(
+            lambda task: cluster.submit(task.function, *task.arguments),
+            lambda function, *args: [cluster.submit(function, *args).result()],
+        )
         return
     try:
         from distributed import Client
@@ -122,13 +132,6 @@ def _here(task: Task) -> Future:
     except Exception as error:
         future.set_exception(error)
     return future
-
-
-def _of_executor(executor) -> Workers:
-    return Workers(
-        lambda task: executor.submit(task.function, *task.arguments),
-        lambda function, *args: [executor.submit(function, *args).result()],
-    )
 
 
 def _of_client(client) -> Workers:
@@ -180,14 +183,62 @@ def _died(error) -> bool:
     return type(error).__name__ == "KilledWorker"  # without importing it
 
 
-def links(tasks: dict[str, Task]) -> tuple[dict[str, set[str]], dict[str, list[str]]]:
-    """Of every task those that it needs and that are not done, and those that need it."""
-    missing = {key: {n for n in task.needs if n in tasks} for key, task in tasks.items()}
-    dependents = {key: [] for key in tasks}
-    for key, needs in missing.items():
-        for need in needs:
-            dependents[need].append(key)
-    return missing, dependents
+class Board:
+    """What of many tasks is ready, in the order in which it is begun, and what has failed.
+
+    Args:
+        tasks: by their keys.
+    """
+
+    def __init__(self, tasks: dict[str, Task]):
+        self.tasks = tasks
+        needs = {key: [n for n in task.needs if n in tasks] for key, task in tasks.items()}
+        self.dependents = {key: [] for key in tasks}
+        for key, needed in needs.items():
+            for each in needed:
+                self.dependents[each].append(key)
+        self.failed: dict[str, Exception] = {}
+        self._number = {key: i for i, key in enumerate(tasks)}
+        self._sorter = TopologicalSorter(needs)
+        self._sorter.prepare()
+        self._ready = []
+        self._refill()
+
+    def _refill(self):
+        for key in self._sorter.get_ready():
+            self.enter(key)
+
+    def enter(self, key: str) -> None:
+        """Have a task begun when its turn comes."""
+        heapq.heappush(self._ready, (-self.tasks[key].priority, self._number[key], key))
+
+    def next(self) -> str | None:
+        """The task to begin next, which is then no longer ready."""
+        return heapq.heappop(self._ready)[-1] if self._ready else None
+
+    def done(self, key: str) -> None:
+        """What waited for this task alone is ready."""
+        self._sorter.done(key)
+        self._refill()
+
+    def wanted(self, key: str) -> bool:
+        """Whether a task, or something that needs it, has not failed."""
+        of = self.dependents[key]
+        return key not in self.failed and (not of or any(each not in self.failed for each in of))
+
+    def fail(self, key: str, error: Exception) -> None:
+        """A task has failed, and with it all that need it."""
+        self.failed[key] = error
+        for each in self.dependents[key]:
+            if each not in self.failed:
+                self.fail(each, error)
+
+
+def _what_failed(future: Future) -> Exception | None:
+    error = CancelledError() if future.cancelled() else future.exception()
+    if isinstance(error, CancelledError):
+        return RuntimeError("it was cancelled, as when the scheduler is lost")
+    return error
 
 
 def do(tasks: dict[str, Task], workers: Workers, done: Callable[[], None]) -> dict[str, Exception]:
@@ -200,67 +251,45 @@ def do(tasks: dict[str, Task], workers: Workers, done: Callable[[], None]) -> di
     Returns:
         The keys of tasks that failed, or need one that did, with the error.
     """
-    number = {key: i for i, key in enumerate(tasks)}
-    missing, dependents = links(tasks)
-    ready, running, alone, tried, failed = [], {}, [], set(), {}
+    board, running, alone, tried = Board(tasks), {}, [], set()
     finished: queue.SimpleQueue = queue.SimpleQueue()
 
-    def enter(key):
-        heapq.heappush(ready, (-tasks[key].priority, number[key], key))
-
-    def wanted(key):
-        of = dependents[key]
-        return key not in failed and (not of or any(each not in failed for each in of))
-
-    def fail(key, error):
-        failed[key] = error
-        for each in dependents[key]:
-            if each not in failed:
-                fail(each, error)
-
-    def start():
-        key = heapq.heappop(ready)[-1]
-        if wanted(key):
-            running[key] = workers.submit(tasks[key])
-            running[key].add_done_callback(lambda _: finished.put(key))
+    def start(key):
+        running[key] = workers.submit(tasks[key])
+        running[key].add_done_callback(lambda _: finished.put(key))
 
     def end(key):
-        future = running.pop(key)
-        error = CancelledError() if future.cancelled() else future.exception()
+        error = _what_failed(running.pop(key))
         if error is None:
             done()
-            for each in dependents[key]:
-                missing[each].discard(key)
-                if not missing[each]:
-                    enter(each)
-        elif not wanted(key):
+            board.done(key)
+        elif not board.wanted(key):
             pass  # whatever became of it
         elif _died(error) and key not in tried:
             alone.append(key)
         else:
             if _died(error):
                 error = RuntimeError("the process that computes it dies, every time")
-            elif isinstance(error, CancelledError):
-                error = RuntimeError("it was cancelled, as when the scheduler is lost")
-            fail(key, error)
+            board.fail(key, error)
             for each in running:
-                if not wanted(each):
+                if not board.wanted(each):
                     running[each].cancel()
 
-    for key in tasks:
-        if not missing[key]:
-            enter(key)
     try:
-        while ready or running or alone:
-            if not ready and not running:
-                tried.add(alone[0])
-                enter(alone.pop(0))
-            if ready:
-                start()
+        while True:
+            key = board.next()
+            if key is None and not running and alone:
+                key = alone.pop(0)
+                tried.add(key)
+            if key is not None and board.wanted(key):
+                start(key)
+            if key is None and not running:
+                return board.failed
             # What is done is noted between two submissions, and awaited when nothing can start.
-            while running and (not ready or not finished.empty()):
+            if running and key is None:
+                end(finished.get())
+            while not finished.empty():
                 end(finished.get())
     finally:
         for future in running.values():
             future.cancel()
-    return failed

@@ -237,7 +237,7 @@ def compute(run: Run, results_dir=RESULTS, device=None, progress=True) -> list[R
         return _results(run, context, [make_block(run, context, i) for i in range(number)])
 
 
-def _complete(runs: list[Run], results_dir, device, progress, cluster, executor):
+def _complete(runs: list[Run], results_dir, device, progress, cluster):
     """Results by key; Runs whose computation failed, with the error; and how many there were."""
     check_cluster(cluster)
     results_dir = Path(results_dir).absolute()
@@ -247,10 +247,9 @@ def _complete(runs: list[Run], results_dir, device, progress, cluster, executor)
         return results, [], 0
     check_writable(results_dir)
     # A data set whose files cannot be had is found out before any work starts.
-    here = cluster is None and executor is None
     fingerprints = {}
     for name in {what.dataset for what in missing.values()}:
-        data = load_dataset(name, best_device(device) if here else "cpu")
+        data = load_dataset(name, best_device(device) if cluster is None else "cpu")
         fingerprints[name] = fingerprint_of(data)
         if any(what.metric == "fd" for what in missing.values()):
             _ = data.reference
@@ -264,7 +263,7 @@ def _complete(runs: list[Run], results_dir, device, progress, cluster, executor)
         first = group[0] if load_result(leader, results_dir) else leader
         of[key] = result_path(first, results_dir)
         tasks |= _tasks(first, results_dir, device, fingerprints[first.dataset])
-    with one_thread(), connect(cluster, executor, device) as workers:
+    with one_thread(), connect(cluster, device) as workers:
         with tempfile.NamedTemporaryFile(dir=results_dir, prefix=".seen") as mark:
             name, code = Path(mark.name).name, code_fingerprint()
             for problem in workers.ask(_hindrance, results_dir, name, code):
@@ -292,15 +291,13 @@ def _mark_failed(path: Path, error: Exception) -> None:
         pass
 
 
-def run(
-    what: Run, results_dir=RESULTS, device=None, progress=True, cluster=None, executor=None
-) -> Result:
+def run(what: Run, results_dir=RESULTS, device=None, progress=True, cluster=None) -> Result:
     """One number: from the store, or computed and stored. Arguments as of ``run_all``.
 
     Raises:
         ValueError: an argument is not of that form, or the data set's files cannot be used.
     """
-    results, failures, _ = _complete([what], results_dir, device, progress, cluster, executor)
+    results, failures, _ = _complete([what], results_dir, device, progress, cluster)
     for _, error in failures:
         raise error
     return results[what.key]
@@ -310,9 +307,8 @@ def run_all(
     runs: Sequence[Run],
     results_dir=RESULTS,
     device: str | None = None,
-    executor: Executor | None = None,
     progress=True,
-    cluster: str | int | None = None,
+    cluster: str | int | Executor | None = None,
 ) -> pd.DataFrame:
     """Many numbers: a row per Run, in the given order, with all fields and the Result itself.
 
@@ -322,10 +318,9 @@ def run_all(
     Args:
         results_dir: the store; a folder that all workers see.
         device: what is computed on; the GPU, if there is one, unless given.
-        executor: any ``concurrent.futures`` executor that does the work.
         cluster: workers that do the work: ``None``, this process; ``"local"``, processes of this
             machine, one per GPU or else one per core; a number, as many; the address of a Dask
-            scheduler, its workers.
+            scheduler, its workers; an executor of ``concurrent.futures``.
 
     Raises:
         ValueError: an argument is not of that form, a data set's files cannot be used, or a worker
@@ -333,7 +328,7 @@ def run_all(
         RuntimeError: some Runs failed; all others are in the store.
     """
     runs = list(runs)
-    results, failures, number = _complete(runs, results_dir, device, progress, cluster, executor)
+    results, failures, number = _complete(runs, results_dir, device, progress, cluster)
     if failures:
         named = [
             f"{_name(what)}: {str(error).rstrip('.') or type(error)}" for what, error in failures

@@ -59,14 +59,20 @@ def solution_path(run: Run, results_dir=RESULTS) -> Path:
     return _folder(results_dir, run) / "endpoints" / f"{short_hash(solution_key(run))}.safetensors"
 
 
+@lru_cache(maxsize=10_000)  # the ledger asks for each result several times
+def _read(path: Path, *version: int) -> Result:
+    content = json.loads(path.read_bytes())
+    content["run"].pop("version", None)  # of the procedure; was always 1
+    content["run"] = Run(**content["run"])
+    return Result(**content)
+
+
 def load_result(run: Run, results_dir=RESULTS) -> Result | None:
     """The stored result, or ``None``. A file that cannot be read is set aside with a warning."""
     path = result_path(run, results_dir)
     try:
-        content = json.loads(path.read_bytes())
-        content["run"].pop("version", None)  # of the procedure; was always 1
-        content["run"] = Run(**content["run"])
-        result = Result(**content)
+        status = path.stat()
+        result = _read(path, status.st_mtime_ns, status.st_size)
         if result.run != run or not np.isfinite(result.value):
             raise ValueError("it holds the result of another run, or no number")
     except (FileNotFoundError, NotADirectoryError):

@@ -17,8 +17,8 @@ class Sample:
     """What ``sample`` returns.
 
     Attributes:
-        x: final states [B, C, H, W], float64.
-        trajectory: states at all time points [N, B, C, H, W], or ``None``.
+        x: final states [B, ...], float64.
+        trajectory: states at all time points [N, B, ...], or ``None``.
         nfe: network evaluations per sample, counted.
     """
 
@@ -28,15 +28,22 @@ class Sample:
 
 
 def make_latents(seeds: Iterable[int], shape: tuple[int, ...], device="cpu") -> torch.Tensor:
-    """Unit normal latents [N, C, H, W], float32, of N seeds; one generator per seed.
+    """Unit normal latents [N, *shape], float32, of N seeds; one generator per seed.
 
     So sample i is the same image in every batch and on every device.
     """
     seeds = list(seeds)
-    latents = torch.empty(len(seeds), *shape)
-    generator = torch.Generator()
+    # Dtype and device are named everywhere, whatever the defaults of the process are.
+    latents = torch.empty(len(seeds), *shape, dtype=torch.float32, device="cpu")
+    generator = torch.Generator("cpu")
     for row, seed in zip(latents, seeds, strict=True):
-        torch.randn(shape, generator=generator.manual_seed(seed), out=row)
+        torch.randn(
+            shape,
+            generator=generator.manual_seed(seed),
+            out=row,
+            dtype=torch.float32,
+            device="cpu",
+        )
     return latents.to(device)
 
 
@@ -46,9 +53,10 @@ def make_classes(seeds: Iterable[int], classes: int, device="cpu") -> torch.Tens
     The seeds are moved far away from those of the latents, which would otherwise be drawn from the
     same random bits.
     """
-    generator = torch.Generator()
+    generator = torch.Generator("cpu")
     drawn = [
-        torch.randint(classes, (), generator=generator.manual_seed(10**16 + seed)) for seed in seeds
+        torch.randint(classes, (), generator=generator.manual_seed(10**16 + seed), device="cpu")
+        for seed in seeds
     ]
     return torch.nn.functional.one_hot(torch.stack(drawn), classes).float().to(device)
 
@@ -64,7 +72,7 @@ class Sampler:
         denoiser: D(x; t) as a callable ``(x, t, labels=None)``. With the attribute
             ``gives_bottleneck`` it is also asked for its bottleneck (``return_bottleneck=True``). A
             call counts ``evaluations_per_call`` evaluations, one unless the denoiser says more.
-        x: states at ``times[0]``, [B, C, H, W].
+        x: states at ``times[0]``, [B, ...].
         times: N descending points, float64.
         solver: from ``make_solver``.
         afs: analytical first step: the slope at ``times[0]`` is x / sqrt(1 + t^2), at no cost.
@@ -89,26 +97,44 @@ class Sampler:
         self.nfe = 0
         self.interval = 0
         self._steps = 0  # taken on the refined grid
-        self._last = (1, 1.0)  # order and scale of the latest step, for the corrector
 
     def _evaluate(self, t, bottleneck=False):
         self.nfe += getattr(self.denoiser, "evaluations_per_call", 1)
         if bottleneck and getattr(self.denoiser, "gives_bottleneck", False):
-            return self.denoiser(self.x, t, self.labels, return_bottleneck=True)
-        return self.denoiser(self.x, t, self.labels), None
+            found = self.denoiser(self.x, t, self.labels, return_bottleneck=True)
+            require(
+                isinstance(found, tuple) and len(found) == 2,
+                "what the denoiser returns with return_bottleneck=True",
+                type(found).__name__,
+                "a tuple (D, bottleneck)",
+            )
+        else:
+            found = self.denoiser(self.x, t, self.labels), None
+        # Another shape would be broadcast, and samples be wrong without a word.
+        if not torch.is_tensor(found[0]) or found[0].shape != self.x.shape:
+            given = tuple(found[0].shape) if torch.is_tensor(found[0]) else type(found[0]).__name__
+            allowed = f"a tensor of the shape of its input, {tuple(self.x.shape)}"
+            require(False, "what the denoiser returns", given, allowed)
+        return found
 
     def _remember(self, t, denoised):
-        """Enter an evaluation at (self.x, t) into the history, and correct the state if due."""
+        """Enter an evaluation at (self.x, t) into the history; the solver may correct the state."""
         denoised = denoised.to(self.x.dtype)
         self.history.append(Evaluation(self.x, t, self.solver.output(self.x, t, denoised)))
-        if self._steps and self.solver.corrects_after(self._steps, self.points):
-            self.x = self.solver.correct(self.history, *self._last)
-            self.history[-1] = replace(self.history[-1], x=self.x)
+        self.x = self.solver.corrected(self.history, self._steps, self.points)
+        self.history[-1] = replace(self.history[-1], x=self.x)
+
+    def _fitting(self, value):
+        """A number for all samples, or one per sample, so that it multiplies states."""
+        if not torch.is_tensor(value):
+            return value
+        value = value.to(self.x.dtype)
+        return value.reshape(-1, *[1] * (self.x.ndim - 1)) if value.ndim else value
 
     def _step(self, t, scale=1.0):
         self._steps += 1
         order = self.solver.order_at(self._steps, self.points)
-        self._last = (order, scale)
+        self.history[-1] = replace(self.history[-1], order=order, scale=scale)
         self.x = self.solver.step(self.history, t, order, scale)
 
     def advance(self, known=None):
@@ -129,11 +155,13 @@ class Sampler:
             known = self.x - t_cur * self.x / torch.sqrt(1 + t_cur**2), None
         elif known is None:
             known = self._evaluate(t_cur, bottleneck=True)
-        evaluated = self.x
+        predicted = self.x
         self._remember(t_cur, known[0])
         self.start = self.x
         if self.intermediate is not None:
-            r, scale_dir, scale_time = self.intermediate(self.interval, t_cur, t_next, known[1])
+            learned = self.intermediate(self.interval, t_cur, t_next, known[1])
+            # In single precision t_next^r would lose 3 % at r = 0.001.
+            r, scale_dir, scale_time = map(self._fitting, learned)
             middle = t_next**r * t_cur ** (1 - r)
             self._step(middle)
             self._remember(middle, self._evaluate(scale_time * middle)[0])
@@ -141,15 +169,14 @@ class Sampler:
         else:
             self._step(t_next)
         self.interval += 1
-        return known if self.start is evaluated else None
+        moved = self.start is not predicted  # by a corrector: `known` belongs to another state
+        return None if moved else known
 
     def detach(self):
         """Cut the state and the history off from the autograd graph."""
         self.x = self.x.detach()
-        for i, e in enumerate(self.history):
-            self.history[i] = Evaluation(e.x.detach(), e.t.detach(), e.output.detach())
-        order, scale = self._last
-        self._last = order, scale.detach() if torch.is_tensor(scale) else scale
+        for i, evaluation in enumerate(self.history):
+            self.history[i] = evaluation.detached()
 
     def finish(self):
         """Correct the final state where the solver asks for it (UniPC on very short schedules)."""
@@ -166,10 +193,10 @@ def check_inputs(denoiser, latents, times, solver, intermediate) -> None:
     require(callable(denoiser), "denoiser", denoiser, "a callable (x, t, labels=None)")
     require(isinstance(solver, Solver), "solver", solver, "made by amedlib.make_solver")
     require(
-        latents.ndim == 4 and len(latents) > 0,
+        torch.is_tensor(latents) and latents.ndim >= 2 and latents.numel() > 0,
         "latents",
-        tuple(latents.shape),
-        "of shape [B, C, H, W] with at least one sample",
+        tuple(latents.shape) if torch.is_tensor(latents) else type(latents).__name__,
+        "a tensor [B, ...] with at least one sample",
     )
     require(
         times.ndim == 1
@@ -222,9 +249,9 @@ def sample(
     The state is float64 throughout; the denoiser computes in its own precision.
 
     Args:
-        denoiser: D(x; t), a callable ``(x, t, labels=None)``; x is [B, C, H, W], t a 0-dimensional
-            tensor or [B, 1, 1, 1].
-        latents: unit normal [B, C, H, W].
+        denoiser: D(x; t), a callable ``(x, t, labels=None)`` that returns a tensor of the shape of
+            x, [B, ...]; t is a 0-dimensional tensor or [B, 1, ...].
+        latents: unit normal [B, ...], any trailing shape.
         times: N descending time points, from ``make_schedule``.
         solver: from ``make_solver``.
         afs: analytical first step, saves one evaluation.
@@ -234,21 +261,35 @@ def sample(
         trajectory: keep the states at all N time points.
 
     Raises:
-        ValueError: an argument is not of the form above.
+        ValueError: an argument is not of the form above, or samples become NaN or infinite; the
+            sentence says in which step.
     """
     times = torch.as_tensor(times, dtype=torch.float64, device=latents.device)
     check_inputs(denoiser, latents, times, solver, intermediate)
     x = latents.to(torch.float64) * times[0]
     sampler = Sampler(denoiser, x, times, solver, afs, intermediate, labels)
-    states = []
+    states, finite = [], []
     for _ in range(len(times) - 1):
         sampler.advance()
+        finite.append(torch.isfinite(sampler.x).all())  # read at the end: a GPU need not wait
         if trajectory:  # the state at the interval's start, corrected where the solver corrects
             states.append(sampler.start)
     sampler.finish()
+    if not bool(torch.isfinite(sampler.x).all()):
+        _say_where(latents, times, finite)
     if trajectory:
         states.append(sampler.x)
     return Sample(sampler.x, torch.stack(states) if trajectory else None, sampler.nfe)
+
+
+def _say_where(latents, times, finite) -> None:
+    """Raise ``ValueError`` with the step in which samples ceased to be finite."""
+    require(bool(torch.isfinite(latents).all()), "latents", "NaN or inf", "finite")
+    n = next((i for i, good in enumerate(finite, 1) if not good), len(finite))
+    raise ValueError(
+        f"Samples must be finite; NaN or inf arose in step {n} of {len(finite)}, "
+        f"from t = {times[n - 1]:.4g} to {times[n]:.4g}."
+    )
 
 
 @cache
@@ -270,9 +311,9 @@ def num_steps_for(
     middle = TimeWise(0.5) if intermediate else None
     counted = {}
     for points in range(2, nfe // per_call + 4):
-        times = torch.linspace(1.0, 0.5, points, dtype=torch.float64)
+        times = torch.linspace(1.0, 0.5, points, dtype=torch.float64, device="cpu")
         out = sample(
-            lambda x, t, labels=None: x, torch.ones(1, 1, 1, 1), times, solver, afs, middle
+            lambda x, t, labels=None: x, torch.ones(1, 1, device="cpu"), times, solver, afs, middle
         )
         counted[per_call * out.nfe] = points
     nearest = sorted((n for n in counted if n > 0), key=lambda n: abs(n - nfe))[:8]

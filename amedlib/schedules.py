@@ -94,6 +94,16 @@ def _discrete(u, sigma_min, sigma_max, sigmas):
 SCHEDULES = ("polynomial", "logsnr", "time_uniform", "discrete")
 
 
+DEFAULT_RHO = {"polynomial": 7.0, "time_uniform": 1.0}
+
+
+def canonical_rho(name: str, rho: float | None) -> float | None:
+    """The exponent of a schedule, or ``None`` where it is the default or there is none."""
+    if rho is None or name not in DEFAULT_RHO or rho == DEFAULT_RHO[name]:
+        return None
+    return float(rho)
+
+
 def make_schedule(
     name: str = "polynomial",
     num_steps: int = 6,
@@ -134,9 +144,9 @@ def make_schedule(
         "finite with 0 < sigma_min < sigma_max",
     )
     if rho is None:
-        rho = 7.0 if name == "polynomial" else 1.0
+        rho = DEFAULT_RHO.get(name, 1.0)
     require(0 < rho < math.inf, "rho", rho, "a positive number")
-    u = torch.arange(num_steps, dtype=torch.float64) / (num_steps - 1)
+    u = torch.arange(num_steps, dtype=torch.float64, device="cpu") / (num_steps - 1)
     try:
         if name == "polynomial":
             times = _polynomial(u, sigma_min, sigma_max, rho)

@@ -30,11 +30,20 @@ class Evaluation:
         x: the state [B, C, H, W] from which the next step starts.
         t: its time, a 0-dimensional tensor or [B, 1, 1, 1].
         output: what the solver extrapolates: the slope, or the denoised image.
+        order, scale: of the step that was taken from here; order 0 before there is one.
     """
 
     x: torch.Tensor
     t: torch.Tensor
     output: torch.Tensor
+    order: int = 0
+    scale: torch.Tensor | float = 1.0
+
+    def detached(self) -> "Evaluation":
+        """The same, cut off from the autograd graph."""
+        x, t, output = self.x.detach(), self.t.detach(), self.output.detach()
+        scale = self.scale.detach() if torch.is_tensor(self.scale) else self.scale
+        return Evaluation(x, t, output, self.order, scale)
 
 
 History = Sequence[Evaluation]
@@ -74,6 +83,10 @@ class Solver(ABC):
     def corrects_after(self, step: int, points: int) -> bool:
         """Whether the ``step``-th step is corrected once its end has been evaluated."""
         return False
+
+    def corrected(self, history: History, step: int, points: int) -> torch.Tensor:
+        """The state at the newest evaluation, which was made at the end of the ``step``-th step."""
+        return history[-1].x
 
     @abstractmethod
     def step(self, history: History, t_next: torch.Tensor, order: int, scale=1.0) -> torch.Tensor:
@@ -257,19 +270,20 @@ def dynamic_threshold(denoised: torch.Tensor, quantile: float = 0.995) -> torch.
 
 @dataclass(frozen=True)
 class ExponentialMultistep(Solver):
-    """What DPM-Solver++ and UniPC share; options default to what the released code does.
+    """What DPM-Solver++ and UniPC share; options default to the released code's, one excepted.
 
     The linear part of the ODE is solved exactly, and the rest extrapolated in lambda: the denoised
     image (``predict_x0=True``) or the slope (``False``).
 
     ``lower_order_final`` lowers the order at the end of the schedule. ``thresholding`` applies
-    ``dynamic_threshold`` to the denoised image; it has no effect with ``predict_x0=False``.
+    ``dynamic_threshold`` to the denoised image, which belongs to data in [-1, 1] (the released code
+    always does); it has no effect with ``predict_x0=False``.
     """
 
     order: int = 3
     predict_x0: bool = True
     lower_order_final: bool = True
-    thresholding: bool = True
+    thresholding: bool = False
     highest_order = 3
 
     def __post_init__(self):
@@ -387,13 +401,12 @@ class UniPC(ExponentialMultistep):
             differences.append(new - current.output)
         return self._weighted_differences(ratios, differences, hh) if ratios else 0.0
 
-    def correct(self, history: History, order: int, scale=1.0) -> torch.Tensor:
-        """The corrected state at ``history[-1].t``, where the newest evaluation was made.
-
-        ``order`` and ``scale`` are those of the step that led there.
-        """
+    def corrected(self, history, step, points):
+        if step == 0 or not self.corrects_after(step, points):
+            return history[-1].x
         *history, newest = history
-        history = history[-order:]
+        scale = history[-1].scale
+        history = history[-history[-1].order :]
         carry, gain, h, hh = self._linear_part(history[-1], newest.t)
         terms = torch.expm1(hh) * history[-1].output
         terms = terms + self._higher_terms(history, h, hh, new=newest.output)
@@ -412,11 +425,32 @@ SOLVERS = {
 }
 
 
+def canonical_options(name: str, options: dict) -> dict:
+    """The same options of ``make_solver`` in the one form that equal solvers share.
+
+    An order is always stated, any other option where it is not the default.
+
+    Raises:
+        ValueError: as ``make_solver``.
+    """
+    solver = make_solver(name, **options)
+    if isinstance(solver, TwoStage):
+        default = TABLE_1[name][0]
+        return {} if solver.r == default else {"r": float(solver.r)}
+    if name == "euler":
+        return {}
+    return {
+        option.name: getattr(solver, option.name)
+        for option in fields(solver)
+        if option.name == "order" or getattr(solver, option.name) != option.default
+    }
+
+
 def make_solver(name: str, **options) -> Solver:
     """A solver by name, with its options.
 
     ========  ===========================================================================
-    name      options (defaults are what the released code does)
+    name      options (defaults are what the released code does, except for thresholding)
     ========  ===========================================================================
     euler     none; also known as DDIM
     heun      none; EDM's solver, here also in the last interval

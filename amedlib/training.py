@@ -21,8 +21,8 @@ from amedlib.compute import PRECISIONS, halved, in_precision
 from amedlib.files import load_tensors, save_tensors
 from amedlib.intermediate import FORMS, Intermediate, LearnedTable, Predictor
 from amedlib.sampling import Sampler, make_latents
-from amedlib.schedules import make_schedule
-from amedlib.solvers import make_solver
+from amedlib.schedules import canonical_rho, make_schedule
+from amedlib.solvers import canonical_options, make_solver
 
 # What the paper's text and the released code do differently. The start of a step: from the
 # student's own previous output (Algorithm 1), or from the teacher's sample (the released code, for
@@ -169,6 +169,18 @@ class Training:
         )
         self.times()
         self.teacher_solver()
+        # Equal trainings are equal records, however they were written down.
+        canonical = {
+            "options": canonical_options(self.solver, self.options),
+            "teacher_options": canonical_options(self.teacher, self.teacher_options)
+            if self.teacher != self.solver
+            else {},
+            "rho": canonical_rho(self.schedule, self.rho),
+        }
+        for name in ("sigma_min", "sigma_max", "scale_dir", "scale_time", "learning_rate"):
+            canonical[name] = float(getattr(self, name))
+        for name, value in canonical.items():
+            object.__setattr__(self, name, value)
 
     def times(self, refinement: int = 1) -> torch.Tensor:
         """The student's time points; with ``refinement = m + 1`` the teacher's."""

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import dask
+import distributed  # noqa: F401 - its settings must be there before they are changed for a while
 import faulty
 import nbformat
 import papermill

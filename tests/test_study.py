@@ -221,7 +221,7 @@ def test_a_failure_is_named_after_the_others_are_done(toy, tmp_path, monkeypatch
 def test_a_denoiser_that_gives_nan_gives_no_number(toy, tmp_path, monkeypatch):
     data = toy_dataset(lambda x, t, labels=None: x * float("nan"))
     monkeypatch.setattr(execute, "load_dataset", lambda name, device="cpu": data)
-    with pytest.raises(ValueError, match="accurate solutions must be finite; .* step 1 of 10,"):
+    with pytest.raises(ValueError, match="Samples must be finite; .* step 1 of 10,"):
         run(RUN, tmp_path, progress=False)
     assert not list(tmp_path.rglob("*.json"))
 

@@ -7,6 +7,11 @@ from amedlib.denoisers import adm
 from amedlib.schedules import noise_levels
 
 
+def _thresholding(on: bool) -> dict[str, dict]:
+    """Options of the solvers that know dynamic thresholding, which is meant for [-1, 1]."""
+    return {solver: {"thresholding": on} for solver in ("dpmpp", "unipc")}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """What is declared of a data set: known without loading anything.
@@ -50,7 +55,7 @@ class Entry:
     schedule: str | None = None
     afs: bool = True
     plugin: str = "iPNDM"
-    solver_options: dict[str, dict] = field(default_factory=dict)
+    solver_options: dict[str, dict] = field(default_factory=lambda: _thresholding(True))
     training: dict = field(default_factory=dict)
     samples: int = 50_000
     nfes: tuple[int, ...] = (3, 5, 7, 9)
@@ -73,8 +78,8 @@ _DIGITS = Entry(
     paper="cifar10",
     shape=(1, 8, 8),
     load="digits",
-    # Thresholding keeps images in [-1, 1]; the centred digits reach beyond.
-    solver_options={solver: {"thresholding": False} for solver in ("dpmpp", "unipc")},
+    # The centred digits reach beyond [-1, 1], and so do latents.
+    solver_options=_thresholding(False),
     # Half of what the paper's text says; `plugin.ipynb` shows what the other half changes.
     training={"images": 10_000},
     samples=5_000,
@@ -140,7 +145,7 @@ _LATENT = {
     "precision": "float16",
     "endpoint_samples": 500,
     "batch": 64,
-    "solver_options": {solver: {"thresholding": False} for solver in ("dpmpp", "unipc")},
+    "solver_options": _thresholding(False),
 }
 
 DATASETS = {

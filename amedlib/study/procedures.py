@@ -69,27 +69,11 @@ class Context:
     def labels(self, seeds) -> torch.Tensor | None:
         return self.data.labels and self.data.labels(seeds)
 
-    def sample(
-        self, run: Run, seeds, times, solver, afs=False, intermediate=None, name="samples", **rest
-    ):
-        """``sample`` for these seeds.
-
-        Raises:
-            ValueError: a sample is not finite; says in which step of ``name`` it ceased to be.
-        """
+    def sample(self, run: Run, seeds, times, solver, afs=False, intermediate=None, **rest):
+        """``sample`` for these seeds."""
         denoiser, latents = self.denoiser(run), self.latents(seeds)
-        given = denoiser, latents, times, solver, afs, intermediate, self.labels(seeds)
-        out = sample(*given, **rest)
-        if not bool(torch.isfinite(out.x).all()):
-            states = sample(*given, trajectory=True).trajectory
-            n = int(torch.isfinite(states).flatten(1).all(1).sum())  # of N are finite
-            raise ValueError(
-                f"{name} must be finite; NaN or inf arose in step {n} of {len(times) - 1}, "
-                f"from t = {times[n - 1]:.4g} to {times[n]:.4g}."
-                if n < len(times)
-                else f"{name} must be finite; NaN or inf arose once, and not when tried again."
-            )
-        return out
+        labels = self.labels(seeds)
+        return sample(denoiser, latents, times, solver, afs, intermediate, labels, **rest)
 
     def intermediate(self, run: Run):
         """What a Run says of the intermediate; a search or predictor is read from the store."""
@@ -181,7 +165,7 @@ def quality(run: Run, context: Context, blocks: list[Block]) -> dict[str, Measur
 def _solve(run: Run, context: Context, seeds, points: int) -> torch.Tensor:
     times = make_schedule("logsnr", points, run.sigma_min, run.sigma_max)
     solver = make_solver(store.SOLUTION["solver"], **store.SOLUTION["options"])
-    return context.sample(run, seeds, times, solver, name="the ODE's accurate solutions").x
+    return context.sample(run, seeds, times, solver).x
 
 
 def solve_block(run: Run, context: Context, index: int) -> torch.Tensor:

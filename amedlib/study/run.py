@@ -13,8 +13,8 @@ from amedlib.datasets.entries import DATASETS, describe
 from amedlib.intermediate import TimeWise
 from amedlib.metrics import jackknife_error
 from amedlib.sampling import num_steps_for
-from amedlib.schedules import make_schedule
-from amedlib.solvers import TwoStage, make_solver
+from amedlib.schedules import canonical_rho, make_schedule
+from amedlib.solvers import TwoStage, canonical_options, make_solver
 from amedlib.training import FIRST_TRAINING_SEED, Training
 
 BLOCKS = 10  # disjoint blocks of samples, for the jackknife
@@ -144,6 +144,15 @@ class Run:
             predictor = {name: full[name] for name in known}
             object.__setattr__(self, "predictor", predictor | self._elsewhere)
         self.times()
+        # Equal Runs are equal records, however they were written down.
+        canonical = {
+            "options": canonical_options(self.solver, self.options),
+            "rho": canonical_rho(self.schedule, self.rho),
+            "sigma_min": float(self.sigma_min),
+            "sigma_max": float(self.sigma_max),
+        }
+        for name, value in canonical.items():
+            object.__setattr__(self, name, value)
 
     @property
     def num_steps(self) -> int:
@@ -199,10 +208,10 @@ class Run:
         So a field that is added later leaves the results there are where they are. A default that
         is changed is found out when a result is loaded, since its file states every field.
         """
-        predictor = self.predictor and changed(self.training) | self._elsewhere
+        predictor = self.predictor and flat(self.training) | self._elsewhere
         # Stored results have a version in their keys, which was never raised.
         stated = {"metric": self.metric, "predictor": predictor, "version": 1}
-        return short_hash(changed(self) | stated)
+        return short_hash(flat(self) | stated)
 
     def with_metric(self, metric: str) -> "Run":
         """The same, measured otherwise."""
@@ -216,6 +225,22 @@ def changed(record) -> dict:
         for f in fields(record)
     }
     return {name: value for name, value in asdict(record).items() if value != defaults[name]}
+
+
+def flat(record) -> dict:
+    """What of a ``Run`` or ``Training`` its key is made of: what differs from the defaults.
+
+    Keys are older than the default of ``thresholding``, which was on.
+    """
+    found = changed(record)
+    teacher = getattr(record, "teacher", None)
+    for name, solver in (("options", record.solver), ("teacher_options", teacher)):
+        options = getattr(record, name, None)
+        if solver in ("dpmpp", "unipc") and options:
+            on = options.get("thresholding", False)
+            options = {key: value for key, value in options.items() if key != "thresholding"}
+            found[name] = options if on else options | {"thresholding": False}
+    return found
 
 
 def short_hash(value) -> str:

@@ -19,7 +19,7 @@ from amedlib.datasets.files import DATA, INSTALLED
 from amedlib.datasets.loaders import Dataset
 from amedlib.files import load_tensors, save_tensors, write_atomically
 from amedlib.metrics import Moments
-from amedlib.study.run import BLOCKS, Result, Run, changed, short_hash
+from amedlib.study.run import BLOCKS, Result, Run, flat, short_hash
 
 # Shipped ones in a clone; where the library was installed, a folder of the user's own.
 RESULTS = Path("amed_results").absolute() if INSTALLED else DATA / "results"
@@ -37,7 +37,7 @@ def result_path(run: Run, results_dir=RESULTS) -> Path:
 def predictor_path(run: Run, results_dir=RESULTS) -> Path:
     """Where the predictor of a Run is kept; Runs of one training share it."""
     folder = Path(results_dir) / run.trained_on / "predictors"
-    return folder / f"{short_hash(changed(run.training))}.safetensors"
+    return folder / f"{short_hash(flat(run.training))}.safetensors"
 
 
 # The ODE's own solution. `endpoint_accuracy` measures how far it moves with half the steps.

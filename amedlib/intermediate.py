@@ -6,6 +6,7 @@ mean s = t_next^r t_cur^(1-r) (Sec. 3.3): r = 0 is t_cur, r = 1 is t_next.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -95,14 +96,16 @@ class Predictor(nn.Module):
         self.uses_bottleneck = uses_bottleneck
         embedded = 2 * self.frequencies
         inputs = self.encoded + (2 if form == "release" else 1) * embedded
-        self.map_layer0 = nn.Linear(embedded, embedded)
-        self.enc_layer0 = nn.Linear(self.bottleneck_size[0] * self.bottleneck_size[1], self.hidden)
-        self.enc_layer1 = nn.Linear(self.hidden, self.encoded)
-        self.fc_r = nn.Linear(inputs, 1)
+        # The same weights whatever the defaults of the process are.
+        linear = partial(nn.Linear, dtype=torch.float32, device="cpu")
+        self.map_layer0 = linear(embedded, embedded)
+        self.enc_layer0 = linear(self.bottleneck_size[0] * self.bottleneck_size[1], self.hidden)
+        self.enc_layer1 = linear(self.hidden, self.encoded)
+        self.fc_r = linear(inputs, 1)
         if scale_dir:
-            self.fc_scale_dir = nn.Linear(inputs, 1)
+            self.fc_scale_dir = linear(inputs, 1)
         if scale_time:
-            self.fc_scale_time = nn.Linear(inputs, 1)
+            self.fc_scale_time = linear(inputs, 1)
         for name, layer in self.named_children():
             nn.init.zeros_(layer.bias)
             if name == "map_layer0":
@@ -169,7 +172,10 @@ class LearnedTable(nn.Module):
     def __init__(self, intervals: int):
         super().__init__()
         # A parameter each: the optimiser then moves only those that a loss depends on.
-        zeros = (nn.Parameter(torch.zeros(())) for _ in range(intervals))
+        zeros = (
+            nn.Parameter(torch.zeros((), dtype=torch.float32, device="cpu"))
+            for _ in range(intervals)
+        )
         self.logits = nn.ParameterList(zeros)
 
     def check(self, intervals: int) -> None:

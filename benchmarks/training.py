@@ -10,7 +10,8 @@ import torch.autograd.forward_ad as fwad
 
 import amedlib
 from amedlib.denoisers import edm
-from amedlib.training import Trainer, Training, forward_derivative
+from amedlib.forward_mode import forward_derivative
+from amedlib.training import Trainer, Training
 
 from .memory import TensorMemory
 from .timing import compare, ratio

@@ -8,13 +8,13 @@ import torch.autograd.forward_ad as fwad
 from toys import TinyNet
 
 from amedlib.denoisers import edm
+from amedlib.forward_mode import forward_derivative
 from amedlib.intermediate import LearnedTable, Predictor, TimeWise
 from amedlib.sampling import Sampler, make_classes, make_latents, sample
 from amedlib.solvers import make_solver
 from amedlib.training import (
     Trainer,
     Training,
-    forward_derivative,
     load_predictor,
     squared_l2,
     train,

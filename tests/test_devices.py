@@ -58,8 +58,7 @@ class OnMetaOnly(TorchDispatchMode):
 
 
 def on_meta(make):
-    with torch.device("meta"):
-        return make().eval().requires_grad_(False)
+    return make().eval().requires_grad_(False).to("meta")
 
 
 @torch.no_grad()

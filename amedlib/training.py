@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from numbers import Real
 from pathlib import Path
 
@@ -14,12 +14,12 @@ import torch.autograd.forward_ad as fwad
 from tqdm.auto import tqdm
 
 from amedlib.checks import one_of, require
-from amedlib.compute import PRECISIONS, halved, in_precision
+from amedlib.compute import halved, in_precision
 from amedlib.files import load_tensors, save_tensors
 from amedlib.forward_mode import ForwardMode
 from amedlib.intermediate import FORMS, LearnedTable, Predictor
+from amedlib.method import Method
 from amedlib.sampling import Sampler, make_latents
-from amedlib.schedules import canonical_rho, make_schedule
 from amedlib.solvers import canonical_options, make_solver
 
 # What the paper's text and the released code do differently. The start of a step: from the
@@ -36,16 +36,15 @@ FIRST_TRAINING_SEED = 10**12
 
 
 @dataclass(frozen=True)
-class Training:
+class Training(Method):
     """Everything that determines a predictor, but the denoiser.
 
     ``None`` stands for what the recipe says; after construction no field is ``None``.
 
     Attributes:
-        solver, options: the student, by name and options of ``make_solver``.
-        schedule, rho, num_steps, sigma_min, sigma_max: its time points, as in ``make_schedule``.
-        noise_levels: the model's own, for the schedule ``"discrete"``.
-        afs: analytical first step of the student. The teacher never uses it.
+        solver, options, schedule, rho, sigma_min, sigma_max, noise_levels, afs, precision: of the
+            student, see ``Method``. The teacher never uses AFS.
+        num_steps: number of the student's time points.
         recipe: ``"paper"`` or ``"release"``.
         teacher: solver of the teacher; the student's unless given, Heun for AMED-Solver.
         teacher_options: its options, where it is another solver than the student.
@@ -62,18 +61,13 @@ class Training:
             objective ``"endpoint"``.
         learning_rate: of Adam.
         gradient: ``"reverse"`` or ``"forward"`` differentiation of the network.
-        precision: in which the network computes, see ``in_precision``.
         seed: of the predictor's initial weights and of the training latents.
     """
 
     solver: str = "amed"
     options: dict = field(default_factory=dict)
-    schedule: str = "polynomial"
-    rho: float | None = None
+    _: KW_ONLY
     num_steps: int = 4
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    noise_levels: str | None = None
     afs: bool = True
     recipe: str = "release"
     teacher: str | None = None
@@ -90,58 +84,50 @@ class Training:
     batch: int = 128
     learning_rate: float = 5e-3
     gradient: str = "reverse"
-    precision: str = "float32"
     seed: int = 0
 
     def __post_init__(self):
+        super().__post_init__()
+        self._complete()
+        self._check_choices()
+        self._check_numbers()
+        same = self.teacher == self.solver  # it shares the student's options
+        own = {} if same else canonical_options(self.teacher, self.teacher_options)
+        self._set(teacher_options=own)
+
+    def _complete(self):
+        """Say what the recipe says where nothing is said."""
         one_of("recipe", self.recipe, RECIPES)
-        for name in ("options", "teacher_options"):
-            value = getattr(self, name)
-            require(isinstance(value, dict), name, value, "a dictionary")
-        for name in ("afs", "uses_bottleneck"):
-            value = getattr(self, name)
-            require(isinstance(value, bool), name, value, "True or False")
-        solver = make_solver(self.solver, **self.options)
         defaults = dict(RECIPES[self.recipe])
         defaults["teacher"] = "heun" if self.solver == "amed" else self.solver
-        own = not solver.single_step and self.solver != "euler" or self.objective == "endpoint"
-        if own:  # the trajectory is the student's own
+        many = not self.make_solver().single_step and self.solver != "euler"
+        if many or self.objective == "endpoint":  # the trajectory is the student's own
             defaults["start"] = "student"
-        for name, value in defaults.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        one_of("loss", self.loss, LOSSES)
-        one_of("form", self.form, (*FORMS, "table"))
-        one_of("objective", self.objective, OBJECTIVES)
-        one_of("start", self.start, ("student", "teacher"))
+        self._set(**{name: v for name, v in defaults.items() if getattr(self, name) is None})
+
+    def _check_choices(self):
+        for name, allowed in {
+            "loss": LOSSES,
+            "form": (*FORMS, "table"),
+            "objective": OBJECTIVES,
+            "start": ("student", "teacher"),
+            "gradient": ("reverse", "forward"),
+            "teacher": TEACHERS,
+            "uses_bottleneck": (True, False),
+        }.items():
+            one_of(name, getattr(self, name), allowed)
+        require(
+            isinstance(self.teacher_options, dict),
+            "teacher_options",
+            self.teacher_options,
+            "a dictionary",
+        )
+        solver = self.make_solver()
         require(
             self.start == "student" or solver.memory <= 2 and solver.order == 1,
             "start",
             self.start,
             f"'student' for {self.solver!r}, whose history belongs to its own trajectory",
-        )
-        one_of("gradient", self.gradient, ("reverse", "forward"))
-        one_of("precision", self.precision, PRECISIONS)
-        one_of("teacher", self.teacher, TEACHERS)
-        for name in ("m", "images", "batch"):
-            value = getattr(self, name)
-            require(
-                isinstance(value, int) and value >= 1, name, value, "a whole number of at least 1"
-            )
-        require(
-            isinstance(self.num_steps, int) and self.num_steps >= 2,
-            "num_steps",
-            self.num_steps,
-            "a whole number of at least 2 time points",
-        )
-        for name in ("scale_dir", "scale_time"):
-            value = getattr(self, name)
-            require(isinstance(value, Real) and 0 <= value < 1, name, value, "a bound in [0, 1)")
-        require(
-            self.form == "release" or not (self.scale_dir or self.scale_time),
-            "scale_dir and scale_time",
-            (self.scale_dir, self.scale_time),
-            f'zero in the form "{self.form}", which predicts r only',
         )
         require(
             self.form != "table" or not self.uses_bottleneck,
@@ -153,39 +139,40 @@ class Training:
         for name, value in whole.items() if self.objective == "endpoint" else ():
             given = getattr(self, name)
             require(given == value, name, given, f"{value!r} for the objective 'endpoint'")
+
+    def _check_numbers(self):
+        for name, low, high, allowed in (
+            ("m", 1, math.inf, "a whole number of at least 1"),
+            ("images", 1, math.inf, "a whole number of at least 1"),
+            ("batch", 1, math.inf, "a whole number of at least 1"),
+            ("num_steps", 2, math.inf, "a whole number of at least 2 time points"),
+            ("seed", 0, 999, "a whole number from 0 to 999"),
+        ):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            require(whole and low <= value <= high, name, value, allowed)
+        for name in ("scale_dir", "scale_time"):
+            value = getattr(self, name)
+            require(isinstance(value, Real) and 0 <= value < 1, name, value, "a bound in [0, 1)")
         require(
-            isinstance(self.learning_rate, Real) and 0 < self.learning_rate < math.inf,
+            self.form == "release" or not (self.scale_dir or self.scale_time),
+            "scale_dir and scale_time",
+            (self.scale_dir, self.scale_time),
+            f'zero in the form "{self.form}", which predicts r only',
+        )
+        rate = self.learning_rate
+        require(
+            isinstance(rate, Real) and 0 < rate < math.inf,
             "learning_rate",
-            self.learning_rate,
+            rate,
             "a positive number",
         )
-        require(
-            isinstance(self.seed, int) and 0 <= self.seed < 1000,
-            "seed",
-            self.seed,
-            "a whole number from 0 to 999",
-        )
-        self.times()
-        self.teacher_solver()
-        # Equal trainings are equal records, however they were written down.
-        canonical = {
-            "options": canonical_options(self.solver, self.options),
-            "teacher_options": canonical_options(self.teacher, self.teacher_options)
-            if self.teacher != self.solver
-            else {},
-            "rho": canonical_rho(self.schedule, self.rho),
-        }
-        for name in ("sigma_min", "sigma_max", "scale_dir", "scale_time", "learning_rate"):
-            canonical[name] = float(getattr(self, name))
-        for name, value in canonical.items():
-            object.__setattr__(self, name, value)
+        floats = ("scale_dir", "scale_time", "learning_rate")
+        self._set(**{name: float(getattr(self, name)) for name in floats})
 
     def times(self, refinement: int = 1) -> torch.Tensor:
         """The student's time points; with ``refinement = m + 1`` the teacher's."""
-        points = refinement * (self.num_steps - 1) + 1
-        return make_schedule(
-            self.schedule, points, self.sigma_min, self.sigma_max, self.rho, self.noise_levels
-        )
+        return self.time_points(refinement * (self.num_steps - 1) + 1)
 
     def teacher_times(self) -> torch.Tensor:
         """The teacher's time points; every (m+1)-th is the student's, to the last bit."""
@@ -264,7 +251,7 @@ class Trainer:
         self.labels = labels or (lambda seeds: None)
         self.part = config.batch  # trajectories at a time; halved when the memory does not suffice
         self.times = config.times().to(device)
-        self.solver = make_solver(config.solver, **config.options)
+        self.solver = config.make_solver()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             size = getattr(denoiser, "bottleneck_size", (1, 1))

@@ -149,7 +149,7 @@ def training(name: str, repeats: int | None = None, batch: int | None = None, st
 def _method(data, student: str, points: int = 4):
     """Configuration, solver, time points and untrained predictor of a student."""
     config = Training(num_steps=points, **RELEASE, **STUDENTS[student])
-    solver = amedlib.make_solver(config.solver, **config.options)
+    solver = config.make_solver()
     torch.manual_seed(0)
     predictor = amedlib.Predictor("release", data.denoiser.bottleneck_size, 0.01, 0.2).eval()
     return config, solver, config.times(), predictor
@@ -299,7 +299,7 @@ def table(
         return Training(solver=what.solver, m=m, **more, **RELEASE, **kept)
 
     def drawn_by(what, predictor=None):
-        solver = amedlib.make_solver(what.solver, **what.options)
+        solver = what.make_solver()
         return lambda x: sample(data.denoiser, x, what.times(), solver, what.afs, predictor).x
 
     def ours():

@@ -11,7 +11,6 @@ from matplotlib.patches import FancyBboxPatch
 from amedlib.checks import require
 from amedlib.intermediate import Predictor
 from amedlib.sampling import sample
-from amedlib.solvers import make_solver
 from amedlib.study.execute import context_of, prepare
 from amedlib.study.figures import look
 from amedlib.study.run import Run
@@ -39,7 +38,7 @@ def draw(
             context.denoiser(what),
             context.latents(seeds),
             what.times(),
-            make_solver(what.solver, **what.options),
+            what.make_solver(),
             what.afs,
             context.intermediate(what),
             context.labels(seeds),

@@ -14,7 +14,7 @@ SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True)
-class Method:
+class Row:
     """A row of a table.
 
     Attributes:
@@ -35,22 +35,22 @@ class Method:
 
 # Table 2, with the settings of Sec. 4.1 and Appendix B: orders, schedules, AFS where NFE is odd.
 METHODS = {
-    "DPM-Solver++(3M)": Method("dpmpp", {"order": 3}, "logsnr"),
-    "UniPC": Method("unipc", {"order": 3}, "logsnr"),
-    "iPNDM": Method("ipndm", {"order": 4}),
-    "DDIM": Method("euler"),
-    "DPM-Solver-2": Method("dpm2", afs=True),
-    "EDM": Method("heun", afs=True),
-    "AMED-Solver": Method("amed", afs=True, learned=True),
+    "DPM-Solver++(3M)": Row("dpmpp", {"order": 3}, "logsnr"),
+    "UniPC": Row("unipc", {"order": 3}, "logsnr"),
+    "iPNDM": Row("ipndm", {"order": 4}),
+    "DDIM": Row("euler"),
+    "DPM-Solver-2": Row("dpm2", afs=True),
+    "EDM": Row("heun", afs=True),
+    "AMED-Solver": Row("amed", afs=True, learned=True),
     # M = 2: with M = 1 the teacher makes just the student's number of evaluations (`plugin.ipynb`).
-    "AMED-Plugin": Method("ipndm", {"order": 4}, afs=True, learned=True, predictor={"m": 2}),
+    "AMED-Plugin": Row("ipndm", {"order": 4}, afs=True, learned=True, predictor={"m": 2}),
 }
 # The first version of the paper, whose tables these are, is the default.
 RECIPE = {"recipe": "paper"}
 SCHEDULES = ("polynomial", "logsnr", "time_uniform")
 
 
-def methods(dataset: str) -> dict[str, Method]:
+def methods(dataset: str) -> dict[str, Row]:
     """The methods of Table 2 with what the paper says of them on a data set.
 
     There AMED-Plugin may be on another solver, all methods on one schedule, and none with AFS.
@@ -68,7 +68,7 @@ def methods(dataset: str) -> dict[str, Method]:
     }
 
 
-def _run(dataset, method: Method, nfe, samples, metric="fd", **fields) -> Run:
+def _run(dataset, method: Row, nfe, samples, metric="fd", **fields) -> Run:
     """The Run of a method on a data set; ``fields`` go before what method and data set say."""
     data = describe(dataset)
     samples = data.samples if samples is None else samples
@@ -92,7 +92,7 @@ def _run(dataset, method: Method, nfe, samples, metric="fd", **fields) -> Run:
     )
 
 
-def _runs(dataset, method: Method, nfe, seeds, n_samples, metric, **predictor) -> list[Run]:
+def _runs(dataset, method: Row, nfe, seeds, n_samples, metric, **predictor) -> list[Run]:
     """The Runs of a method: one, or one per training seed where something is learned."""
     fields = {"schedule": method.schedule, "afs": method.afs, "options": method.options}
     fields["options"] = fields["options"] | describe(dataset).solver_options.get(method.solver, {})

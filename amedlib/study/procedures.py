@@ -129,7 +129,7 @@ def qualities(run: Run) -> list[str]:
 
 def _measure_quality(run: Run, context: Context) -> Callable:
     data, metrics = context.data, qualities(run)
-    solver, times = make_solver(run.solver, **run.options), run.times()
+    solver, times = run.make_solver(), run.times()
     intermediate = context.intermediate(run)
     solution = accurate_endpoints(run, context) if "endpoint_error" in metrics else None
 
@@ -247,7 +247,7 @@ def _deviation(moments: Moments) -> list[float]:
 
 
 def _measure_pca(run: Run, context: Context) -> Callable:
-    solver, times = make_solver(run.solver, **run.options), run.times()
+    solver, times = run.make_solver(), run.times()
 
     def measure(seeds):
         out = context.sample(run, seeds, times, solver, run.afs, trajectory=True)
@@ -279,7 +279,7 @@ def grid_search(run: Run, context: Context, blocks=()) -> dict[str, Measured]:
     latents, labels = context.latents(seeds), context.labels(seeds)
     # The paper's ground truth: Heun with 80 NFE (Sec. 3.3).
     refined = run.refined(-(-40 // (run.num_steps - 1)))
-    solver = make_solver(run.solver, **run.options)
+    solver = run.make_solver()
     batch, found = context.data.batch, None
     while found is None:
         try:
@@ -298,7 +298,7 @@ def grid_search(run: Run, context: Context, blocks=()) -> dict[str, Measured]:
 
 
 def _measure_local_error(run: Run, context: Context) -> Callable:
-    solver, intermediate = make_solver(run.solver, **run.options), context.intermediate(run)
+    solver, intermediate = run.make_solver(), context.intermediate(run)
     times, denoiser = run.times(), context.denoiser(run)
     accurate = make_solver(store.SOLUTION["solver"], **store.SOLUTION["options"])
     refined = run.refined(40)
@@ -322,7 +322,7 @@ def local_error(run: Run, context: Context, blocks: list[Block]) -> dict[str, Me
 
 
 def _measure_r(run: Run, context: Context) -> Callable:
-    predictor, solver = context.intermediate(run), make_solver(run.solver, **run.options)
+    predictor, solver = context.intermediate(run), run.make_solver()
 
     def measure(seeds):
         rows = []

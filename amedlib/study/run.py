@@ -2,19 +2,18 @@
 
 import hashlib
 import json
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from numbers import Real
 
 import torch
 
 from amedlib.checks import one_of, require
-from amedlib.compute import PRECISIONS
 from amedlib.datasets.entries import DATASETS, describe
 from amedlib.intermediate import TimeWise
+from amedlib.method import Method
 from amedlib.metrics import jackknife_error
 from amedlib.sampling import num_steps_for
-from amedlib.schedules import canonical_rho, make_schedule
-from amedlib.solvers import TwoStage, canonical_options, make_solver
+from amedlib.solvers import TwoStage
 from amedlib.training import FIRST_TRAINING_SEED, Training
 
 BLOCKS = 10  # disjoint blocks of samples, for the jackknife
@@ -26,26 +25,17 @@ METRICS = (
     *("local_error", "learned_r", "first_slope"),
 )
 
-# The fields of Training that a Run states itself.
-_SHARED = (
-    *("solver", "options", "schedule", "rho", "num_steps", "sigma_min", "sigma_max"),
-    *("noise_levels", "afs", "precision"),
-)
-
 
 @dataclass(frozen=True)
-class Run:
+class Run(Method):
     """Everything that determines a number.
 
     Attributes:
         metric: what is measured, one of ``METRICS``; ``procedures.py`` says how.
         dataset: a name that ``load_dataset`` knows.
-        solver, options: as in ``make_solver``.
-        schedule, rho, sigma_min, sigma_max: as in ``make_schedule``.
-        noise_levels: the model's own, for the schedule ``"discrete"``.
-        precision: in which the network computes, see ``in_precision``.
+        solver, options, schedule, rho, sigma_min, sigma_max, noise_levels, afs, precision: see
+            ``Method``.
         nfe: network evaluations per sample; the number of time points follows from it.
-        afs: analytical first step.
         r: intermediate of fixed location: a number, or one per step, or ``"searched"``: those that
             a grid search finds (the metric ``"grid_search"``) on as many samples as a predictor
             is trained with here, none of them among those that are measured.
@@ -62,24 +52,29 @@ class Run:
 
     metric: str = "fd"
     dataset: str = "digits"
-    solver: str = "euler"
-    options: dict = field(default_factory=dict)
-    schedule: str = "polynomial"
-    rho: float | None = None
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    noise_levels: str | None = None
-    precision: str = "float32"
     nfe: int = 5
-    afs: bool = False
     r: float | tuple[float, ...] | str | None = None
     predictor: dict | None = None
     samples: int = 5000
     first_seed: int = 0
 
     def __post_init__(self):
+        super().__post_init__()
         one_of("metric", self.metric, METRICS)
-        one_of("precision", self.precision, PRECISIONS)
+        self._check_samples()
+        require(
+            self.r is None or self.predictor is None,
+            "r and predictor",
+            (self.r, self.predictor),
+            "given one at a time",
+        )
+        if self.r is not None and self.r != "searched":
+            self._check_r()
+        if self.predictor is not None:
+            self._complete_predictor()
+        self.times()
+
+    def _check_samples(self):
         data = describe(self.dataset)
         if self.metric in OF_SAMPLES:
             one_of(f"metric of {self.dataset!r}", self.metric, data.metrics)
@@ -90,18 +85,16 @@ class Run:
         ):
             value = getattr(self, name)
             require(
-                isinstance(value, int) and low <= value <= high,
+                isinstance(value, int) and not isinstance(value, bool) and low <= value <= high,
                 name,
                 value,
                 f"a whole number of at least {low} and at most {high:,}",
             )
-        require(isinstance(self.options, dict), "options", self.options, "a dictionary")
-        require(isinstance(self.afs, bool), "afs", self.afs, "True or False")
         require(
-            self.predictor is None or isinstance(self.predictor, dict),
-            "predictor",
-            self.predictor,
-            "None or a dictionary",
+            self.metric == "grid_search" or self.first_seed + self.samples <= FIRST_TRAINING_SEED,
+            "first_seed",
+            self.first_seed,
+            f"such that all are below {FIRST_TRAINING_SEED:.0e}, where those of training begin",
         )
         require(
             self.metric != "endpoint_error" or self.samples <= data.endpoint_samples,
@@ -109,55 +102,43 @@ class Run:
             self.samples,
             f"at most {data.endpoint_samples} for the endpoint error of {self.dataset!r}",
         )
+
+    def _check_r(self):
+        each = self.r if isinstance(self.r, tuple | list) else (self.r,)
+        # Nearer to the ends, differences over the step drown in rounding.
         require(
-            self.r is None or self.predictor is None,
-            "r and predictor",
-            (self.r, self.predictor),
-            "given one at a time",
+            all(isinstance(r, Real) and 0.001 <= r <= 0.999 for r in each),
+            "r",
+            self.r,
+            "strictly between 0 and 1, from 0.001 to 0.999; one number or one per step",
         )
-        if isinstance(self.r, list):
-            object.__setattr__(self, "r", tuple(self.r))
-        if self.r is not None and self.r != "searched":
-            each = self.r if isinstance(self.r, tuple) else (self.r,)
-            # Nearer to the ends, differences over the step drown in rounding.
+        several = isinstance(self.r, tuple | list)
+        self._set(r=tuple(float(r) for r in each) if several else float(self.r))
+        TimeWise(self.r).check(self.num_steps - 1)
+
+    def _complete_predictor(self):
+        given = self.predictor
+        require(isinstance(given, dict), "predictor", given, "None or a dictionary")
+        shared = [f.name for f in fields(Method)] + ["num_steps"]
+        known = [f.name for f in fields(Training) if f.name not in shared]
+        for name in given:
+            one_of("a field of predictor", name, [*known, "num_steps", "trained_on"])
+        one_of("trained_on of predictor", self.trained_on, DATASETS)
+        full = asdict(self.training)
+        if full["num_steps"] != self.num_steps:
             require(
-                all(isinstance(r, Real) and 0.001 <= r <= 0.999 for r in each),
-                "r",
-                self.r,
-                "strictly between 0 and 1, from 0.001 to 0.999; one number or one per step",
+                full["form"] != "table",
+                "num_steps of predictor",
+                full["num_steps"],
+                f"the Run's own, {self.num_steps}, in the form 'table'",
             )
-            TimeWise(self.r).check(self.num_steps - 1)
-        if self.predictor is not None:
-            known = [f.name for f in fields(Training) if f.name not in _SHARED]
-            for name in self.predictor:
-                one_of("a field of predictor", name, [*known, "num_steps", "trained_on"])
-            one_of("trained_on of predictor", self.trained_on, DATASETS)
-            full = asdict(self.training)
-            if full["num_steps"] != self.num_steps:
-                require(
-                    full["form"] != "table",
-                    "num_steps of predictor",
-                    full["num_steps"],
-                    f"the Run's own, {self.num_steps}, in the form 'table'",
-                )
-                known.append("num_steps")
-            predictor = {name: full[name] for name in known}
-            object.__setattr__(self, "predictor", predictor | self._elsewhere)
-        self.times()
-        # Equal Runs are equal records, however they were written down.
-        canonical = {
-            "options": canonical_options(self.solver, self.options),
-            "rho": canonical_rho(self.schedule, self.rho),
-            "sigma_min": float(self.sigma_min),
-            "sigma_max": float(self.sigma_max),
-        }
-        for name, value in canonical.items():
-            object.__setattr__(self, name, value)
+            known.append("num_steps")
+        self._set(predictor={name: full[name] for name in known} | self._elsewhere)
 
     @property
     def num_steps(self) -> int:
         """Number of time points, from the NFE."""
-        solver = make_solver(self.solver, **self.options)
+        solver = self.make_solver()
         middle = self.r is not None or self.predictor is not None
         if isinstance(solver, TwoStage) and solver.r is None:
             require(
@@ -169,7 +150,8 @@ class Run:
     @property
     def training(self) -> Training:
         """The training of the predictor."""
-        shared = {name: getattr(self, name) for name in _SHARED}
+        shared = {f.name: getattr(self, f.name) for f in fields(Method)}
+        shared["num_steps"] = self.num_steps
         stated = {name: value for name, value in self.predictor.items() if name != "trained_on"}
         return Training(**shared | stated)
 
@@ -185,15 +167,11 @@ class Run:
 
     def times(self) -> torch.Tensor:
         """The time points [N]."""
-        return self._schedule(self.num_steps)
+        return self.time_points(self.num_steps)
 
     def refined(self, every: int) -> torch.Tensor:
         """The time points with ``every`` steps for one."""
-        return self._schedule(every * (self.num_steps - 1) + 1)
-
-    def _schedule(self, points):
-        ends = self.sigma_min, self.sigma_max
-        return make_schedule(self.schedule, points, *ends, self.rho, self.noise_levels)
+        return self.time_points(every * (self.num_steps - 1) + 1)
 
     def search(self) -> "Run":
         """The grid search for the r of a Run whose r is ``"searched"``."""

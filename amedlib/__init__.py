@@ -12,6 +12,7 @@ from amedlib.metrics import frechet_distance
 from amedlib.sampling import Sample, make_latents, sample
 from amedlib.schedules import make_schedule
 from amedlib.solvers import make_solver
+from amedlib.trained import TrainedSampler, load_sampler
 from amedlib.training import Training, train
 
 # Each is loaded with its module when it is first asked for.
@@ -29,9 +30,11 @@ __all__ = [
     "Predictor",
     "Sample",
     "TimeWise",
+    "TrainedSampler",
     "Training",
     "denoisers",
     "frechet_distance",
+    "load_sampler",
     "make_latents",
     "make_schedule",
     "make_solver",

@@ -77,6 +77,7 @@ class Predictor(nn.Module):
     """
 
     hidden, encoded, frequencies = 128, 4, 4
+    trained_for = None  # the record of its training; then `sample` refuses another method
 
     def __init__(
         self,
@@ -168,6 +169,7 @@ class LearnedTable(nn.Module):
 
     uses_bottleneck = False
     bottleneck_size = None
+    trained_for = None  # as of ``Predictor``
 
     def __init__(self, intervals: int):
         super().__init__()

@@ -231,6 +231,17 @@ def check_inputs(denoiser, latents, times, solver, intermediate) -> None:
         )
     if hasattr(intermediate, "check"):
         intermediate.check(len(times) - 1)
+    record = getattr(intermediate, "trained_for", None)
+    if record is not None:
+        found = f"{solver} on {len(times)} time points"
+        wanted = f"{record.make_solver()} on {record.num_steps} time points"
+        require(
+            found == wanted,
+            "solver and times",
+            found,
+            f"those that the predictor was trained for, {wanted} (to use it elsewhere all the "
+            "same, set its trained_for to None)",
+        )
 
 
 @torch.no_grad()

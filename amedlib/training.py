@@ -5,188 +5,27 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import KW_ONLY, asdict, dataclass, field
-from numbers import Real
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.autograd.forward_ad as fwad
 from tqdm.auto import tqdm
 
-from amedlib.checks import one_of, require
+from amedlib.checks import require
 from amedlib.compute import halved, in_precision
 from amedlib.files import load_tensors, save_tensors
 from amedlib.forward_mode import ForwardMode
-from amedlib.intermediate import FORMS, LearnedTable, Predictor
-from amedlib.method import Method
+from amedlib.intermediate import LearnedTable, Predictor
+from amedlib.recipes import FIRST_TRAINING_SEED, Training
 from amedlib.sampling import Sampler, make_latents
-from amedlib.solvers import canonical_options, make_solver
-
-# What the paper's text and the released code do differently. The start of a step: from the
-# student's own previous output (Algorithm 1), or from the teacher's sample (the released code, for
-# single-step solvers only).
-RECIPES = {
-    "paper": {"form": "paper", "scale_dir": 0.0, "images": 20_000, "start": "student"},
-    "release": {"form": "release", "scale_dir": 0.01, "images": 10_000, "start": "teacher"},
-}
-LOSSES = ("l2", "features", "lpips")
-OBJECTIVES = ("step", "endpoint")
-# Training latents come from seeds that no evaluation uses.
-FIRST_TRAINING_SEED = 10**12
-
-
-@dataclass(frozen=True)
-class Training(Method):
-    """Everything that determines a predictor, but the denoiser.
-
-    ``None`` stands for what the recipe says; after construction no field is ``None``.
-
-    Attributes:
-        solver, options, schedule, rho, sigma_min, sigma_max, noise_levels, afs, precision: of the
-            student, see ``Method``. The teacher never uses AFS.
-        num_steps: number of the student's time points.
-        recipe: ``"paper"`` or ``"release"``.
-        teacher: solver of the teacher; the student's unless given, Heun for AMED-Solver.
-        teacher_options: its options, where it is another solver than the student.
-        m: M, the number of smooth intermediate steps of the teacher in every interval (Eq. 13).
-        loss: ``"l2"`` (squared), ``"features"`` or ``"lpips"``.
-        objective: ``"step"``: the distance to the teacher after every step, each by itself
-            (Algorithm 1). ``"endpoint"``: the distance of the final states alone, differentiated
-            through the whole trajectory, as LD3 and S4S train their few scalars.
-        form, scale_dir, scale_time, uses_bottleneck: see ``Predictor``; the form ``"table"`` is
-            ``LearnedTable``, which uses no bottleneck.
-        start: where the student starts a step, ``"student"`` or ``"teacher"``.
-        images: trajectories seen in training; a whole number of batches is used.
-        batch: trajectories per update; every batch makes one update per step, or only one with the
-            objective ``"endpoint"``.
-        learning_rate: of Adam.
-        gradient: ``"reverse"`` or ``"forward"`` differentiation of the network.
-        seed: of the predictor's initial weights and of the training latents.
-    """
-
-    solver: str = "amed"
-    options: dict = field(default_factory=dict)
-    _: KW_ONLY
-    num_steps: int = 4
-    afs: bool = True
-    recipe: str = "release"
-    teacher: str | None = None
-    teacher_options: dict = field(default_factory=dict)
-    m: int = 1
-    loss: str = "l2"
-    objective: str = "step"
-    form: str | None = None
-    scale_dir: float | None = None
-    scale_time: float = 0.0
-    uses_bottleneck: bool = True
-    start: str | None = None
-    images: int | None = None
-    batch: int = 128
-    learning_rate: float = 5e-3
-    gradient: str = "reverse"
-    seed: int = 0
-
-    def __post_init__(self):
-        super().__post_init__()
-        self._complete()
-        self._check_choices()
-        self._check_numbers()
-        same = self.teacher == self.solver  # it shares the student's options
-        own = {} if same else canonical_options(self.teacher, self.teacher_options)
-        self._set(teacher_options=own)
-
-    def _complete(self):
-        """Say what the recipe says where nothing is said."""
-        one_of("recipe", self.recipe, RECIPES)
-        defaults = dict(RECIPES[self.recipe])
-        defaults["teacher"] = "heun" if self.solver == "amed" else self.solver
-        many = not self.make_solver().single_step and self.solver != "euler"
-        if many or self.objective == "endpoint":  # the trajectory is the student's own
-            defaults["start"] = "student"
-        self._set(**{name: v for name, v in defaults.items() if getattr(self, name) is None})
-
-    def _check_choices(self):
-        for name, allowed in {
-            "loss": LOSSES,
-            "form": (*FORMS, "table"),
-            "objective": OBJECTIVES,
-            "start": ("student", "teacher"),
-            "gradient": ("reverse", "forward"),
-            "teacher": TEACHERS,
-            "uses_bottleneck": (True, False),
-        }.items():
-            one_of(name, getattr(self, name), allowed)
-        require(
-            isinstance(self.teacher_options, dict),
-            "teacher_options",
-            self.teacher_options,
-            "a dictionary",
-        )
-        solver = self.make_solver()
-        require(
-            self.start == "student" or solver.memory <= 2 and solver.order == 1,
-            "start",
-            self.start,
-            f"'student' for {self.solver!r}, whose history belongs to its own trajectory",
-        )
-        require(
-            self.form != "table" or not self.uses_bottleneck,
-            "uses_bottleneck",
-            self.uses_bottleneck,
-            'False in the form "table"',
-        )
-        whole = {"start": "student", "gradient": "reverse"}
-        for name, value in whole.items() if self.objective == "endpoint" else ():
-            given = getattr(self, name)
-            require(given == value, name, given, f"{value!r} for the objective 'endpoint'")
-
-    def _check_numbers(self):
-        for name, low, high, allowed in (
-            ("m", 1, math.inf, "a whole number of at least 1"),
-            ("images", 1, math.inf, "a whole number of at least 1"),
-            ("batch", 1, math.inf, "a whole number of at least 1"),
-            ("num_steps", 2, math.inf, "a whole number of at least 2 time points"),
-            ("seed", 0, 999, "a whole number from 0 to 999"),
-        ):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            require(whole and low <= value <= high, name, value, allowed)
-        for name in ("scale_dir", "scale_time"):
-            value = getattr(self, name)
-            require(isinstance(value, Real) and 0 <= value < 1, name, value, "a bound in [0, 1)")
-        require(
-            self.form == "release" or not (self.scale_dir or self.scale_time),
-            "scale_dir and scale_time",
-            (self.scale_dir, self.scale_time),
-            f'zero in the form "{self.form}", which predicts r only',
-        )
-        rate = self.learning_rate
-        require(
-            isinstance(rate, Real) and 0 < rate < math.inf,
-            "learning_rate",
-            rate,
-            "a positive number",
-        )
-        floats = ("scale_dir", "scale_time", "learning_rate")
-        self._set(**{name: float(getattr(self, name)) for name in floats})
-
-    def times(self, refinement: int = 1) -> torch.Tensor:
-        """The student's time points; with ``refinement = m + 1`` the teacher's."""
-        return self.time_points(refinement * (self.num_steps - 1) + 1)
-
-    def teacher_times(self) -> torch.Tensor:
-        """The teacher's time points; every (m+1)-th is the student's, to the last bit."""
-        times = self.times(self.m + 1)
-        times[:: self.m + 1] = self.times()
-        return times
-
-    def teacher_solver(self):
-        """The teacher; it shares the student's options where it is the same solver."""
-        same = self.teacher == self.solver
-        return make_solver(self.teacher, **(self.options if same else self.teacher_options))
-
-
-TEACHERS = ("euler", "heun", "dpm2", "ipndm", "deis", "dpmpp", "unipc")
+from amedlib.trained import (
+    below,
+    load_predictor,
+    make_predictor,
+    save_predictor,
+    weights_fingerprint,
+)
 
 
 def squared_l2(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -247,6 +86,7 @@ class Trainer:
             denoiser.requires_grad_(False)
         self.denoiser = in_precision(denoiser, config.precision)
         self.config, self.shape = config, shape
+        self.fingerprint = weights_fingerprint(denoiser)
         self.distance, self.device = distance, device
         self.labels = labels or (lambda seeds: None)
         self.part = config.batch  # trajectories at a time; halved when the memory does not suffice
@@ -366,43 +206,29 @@ class Trainer:
             tensors |= {f"adam/{i}/{name}": torch.as_tensor(v) for name, v in state.items()}
         tensors["log"] = torch.tensor(self.log, dtype=torch.float64)
         tensors["seconds"] = torch.tensor(self.seconds, dtype=torch.float64)
-        save_tensors(path, tensors, {"training": json.dumps(asdict(self.config))})
+        metadata = {
+            "training": json.dumps(asdict(self.config)),
+            "shape": json.dumps(self.shape),
+            "denoiser": self.fingerprint or "",
+        }
+        save_tensors(path, tensors, metadata)
 
     def resume(self, path: Path) -> None:
         """Go on from what ``save`` wrote; a file of another training is refused."""
         tensors, metadata = load_tensors(path)
-        require(
-            Training(**json.loads(metadata["training"])) == self.config,
-            "the checkpoint",
-            str(path),
-            "one of the same training",
-        )
-        self.predictor.load_state_dict(_below("predictor/", tensors))
+        same = Training(**json.loads(metadata["training"])) == self.config
+        same &= json.loads(metadata["shape"]) == list(self.shape)
+        same &= metadata["denoiser"] == (self.fingerprint or "")
+        require(same, "the checkpoint", str(path), "one of the same training of this denoiser")
+        self.predictor.load_state_dict(below("predictor/", tensors))
         state = self.optimizer.state_dict()
         state["state"] = {}
-        for name, value in _below("adam/", tensors).items():
+        for name, value in below("adam/", tensors).items():
             index, key = name.split("/")
             state["state"].setdefault(int(index), {})[key] = value
         self.optimizer.load_state_dict(state)
         self.log = tensors["log"].tolist()
         self.seconds = tensors["seconds"].item()
-
-
-def _below(prefix, tensors):
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def make_predictor(config: Training, bottleneck_size: tuple[int, int] | None):
-    """An untrained ``Predictor`` or, in the form ``"table"``, ``LearnedTable``."""
-    if config.form == "table":
-        return LearnedTable(config.num_steps - 1)
-    return Predictor(
-        config.form,
-        bottleneck_size,
-        config.scale_dir,
-        config.scale_time,
-        config.uses_bottleneck,
-    )
 
 
 def train(
@@ -417,6 +243,9 @@ def train(
 ) -> Predictor | LearnedTable:
     """Train a predictor, or load it if ``path`` holds it; an interrupted training goes on.
 
+    A file or a state of another training, of another denoiser's weights or of another shape is
+    refused.
+
     Every 20 batches the state is kept in ``path`` with the suffix ``.partial``. The result is a
     safetensors file with the weights, the log of the last ten batches [10, N-1, 3] (for every step
     the loss that its r was trained on, mean and standard deviation of r over the batch), the
@@ -424,7 +253,7 @@ def train(
     """
     path = Path(path)
     if path.is_file():
-        return load_predictor(path, config)
+        return load_predictor(path, config, denoiser, shape)
     trainer = Trainer(denoiser, config, shape, distance, device, labels)
     partial = path.with_suffix(".partial")
     if partial.is_file():
@@ -444,36 +273,5 @@ def train(
                 trainer.save(partial)
     save_predictor(path, trainer)
     partial.unlink(missing_ok=True)
+    trainer.predictor.trained_for = config
     return trainer.predictor.eval()
-
-
-LOGGED = 10  # batches whose log is kept with a predictor: how training ended
-
-
-def save_predictor(path: Path, trainer: Trainer) -> None:
-    """Write a trained predictor with its log, the seconds it took and its full configuration."""
-    predictor = trainer.predictor
-    tensors = {f"predictor/{k}": v for k, v in predictor.state_dict().items()}
-    tensors["log"] = torch.tensor(trainer.log[-LOGGED:], dtype=torch.float32)
-    metadata = {
-        "training": json.dumps(asdict(trainer.config)),
-        "bottleneck_size": json.dumps(predictor.bottleneck_size),
-        "seconds": f"{trainer.seconds:.3f}",
-    }
-    save_tensors(path, tensors, metadata)
-
-
-def load_predictor(path: Path, config: Training | None = None) -> Predictor | LearnedTable:
-    """Read what ``save_predictor`` wrote; with ``config``, only if it was trained so.
-
-    Raises:
-        ValueError: the file is missing, damaged, or of another training.
-    """
-    tensors, metadata = load_tensors(path)
-    found = Training(**json.loads(metadata["training"]))
-    require(
-        config in (None, found), "the predictor", str(path), "of the training that is asked for"
-    )
-    predictor = make_predictor(found, json.loads(metadata["bottleneck_size"]))
-    predictor.load_state_dict(_below("predictor/", tensors))
-    return predictor.eval()

@@ -17,8 +17,9 @@ import scipy.linalg
 import torch
 from PIL import Image
 
+from amedlib.recipes import Training
 from amedlib.sampling import make_latents
-from amedlib.training import Training, make_predictor
+from amedlib.trained import make_predictor
 
 # Of Adams-Bashforth for equal steps, newest slope first.
 WEIGHTS = [[1], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12], [55 / 24, -59 / 24, 37 / 24, -9 / 24]]

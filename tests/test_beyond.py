@@ -4,10 +4,11 @@ import pandas as pd
 import pytest
 
 from amedlib.datasets.files import DATA
+from amedlib.recipes import Training
 from amedlib.study import execute, plans
 from amedlib.study.run import Run
 from amedlib.study.store import load_result, predictor_path, result_path
-from amedlib.training import Training, load_predictor
+from amedlib.trained import load_predictor
 
 SAMPLES = {"n_samples": 5000}
 

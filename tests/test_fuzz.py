@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from amedlib.denoisers.exact import GaussianMixtureDenoiser
 from amedlib.intermediate import TimeWise
+from amedlib.recipes import RECIPES, Training
 from amedlib.sampling import make_latents, sample
 from amedlib.schedules import SCHEDULES, make_schedule
 from amedlib.solvers import SOLVERS, make_solver
@@ -15,7 +16,6 @@ from amedlib.study import plans
 from amedlib.study.cluster import check_cluster
 from amedlib.study.procedures import PROCEDURES
 from amedlib.study.run import Run
-from amedlib.training import RECIPES, Training
 
 
 # The same examples every time, and nothing is kept on disk.

@@ -23,7 +23,7 @@ from amedlib.solvers import make_solver
 from amedlib.study import store
 from amedlib.study.run import BLOCKS, Run
 from amedlib.study.store import Block, device_name, load_result, predictor_path, solution_path
-from amedlib.training import load_predictor
+from amedlib.trained import load_predictor
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,13 @@ class Context:
             return TimeWise(run.r)
         if run.predictor is None:
             return None
-        return load_predictor(predictor_path(run, self.results_dir), run.training).to(self.device)
+        data = self.data if run.trained_on == run.dataset else None
+        predictor = load_predictor(
+            predictor_path(run, self.results_dir), run.training, data and data.denoiser
+        )
+        if run.training.num_steps != run.num_steps:  # the Run says that it serves elsewhere
+            predictor.trained_for = None
+        return predictor.to(self.device)
 
 
 def blocks_of(run: Run) -> list[torch.Tensor]:

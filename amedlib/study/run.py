@@ -12,9 +12,9 @@ from amedlib.datasets.entries import DATASETS, describe
 from amedlib.intermediate import TimeWise
 from amedlib.method import Method
 from amedlib.metrics import jackknife_error
+from amedlib.recipes import FIRST_TRAINING_SEED, Training
 from amedlib.sampling import num_steps_for
 from amedlib.solvers import TwoStage
-from amedlib.training import FIRST_TRAINING_SEED, Training
 
 BLOCKS = 10  # disjoint blocks of samples, for the jackknife
 # What is measured of the samples of a method, and what else is measured.

@@ -1,0 +1,199 @@
+"""What is trained is one file that samples: a predictor with the record of its training."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from amedlib.checks import require
+from amedlib.compute import in_precision
+from amedlib.files import load_tensors, save_tensors
+from amedlib.intermediate import LearnedTable, Predictor
+from amedlib.recipes import Training
+from amedlib.sampling import Sample, sample
+
+LOGGED = 10  # batches whose log is kept with a predictor: how training ended
+
+
+def make_predictor(
+    config: Training, bottleneck_size: tuple[int, int] | None
+) -> Predictor | LearnedTable:
+    """An untrained ``Predictor`` or, in the form ``"table"``, ``LearnedTable``."""
+    if config.form == "table":
+        return LearnedTable(config.num_steps - 1)
+    return Predictor(
+        config.form,
+        bottleneck_size,
+        config.scale_dir,
+        config.scale_time,
+        config.uses_bottleneck,
+    )
+
+
+def weights_fingerprint(denoiser) -> str | None:
+    """A hash of a denoiser's weights, 16 hexadecimal digits; ``None`` where it shows none."""
+    if not isinstance(denoiser, torch.nn.Module):
+        return None
+    digest = hashlib.sha256()
+    for name, tensor in sorted(denoiser.state_dict().items()):
+        content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(content.numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def below(prefix: str, tensors: dict) -> dict:
+    """The entries whose names begin with a prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def save_predictor(path: Path, trainer) -> None:
+    """Write the predictor of a ``Trainer`` with all that is needed to sample with it.
+
+    Beside the weights: the log of the last batches, the seconds that training took, its full
+    configuration, the shape of a sample, and the fingerprint of the denoiser's weights.
+    """
+    predictor = trainer.predictor
+    tensors = {f"predictor/{k}": v for k, v in predictor.state_dict().items()}
+    tensors["log"] = torch.tensor(trainer.log[-LOGGED:], dtype=torch.float32)
+    metadata = {
+        "training": json.dumps(asdict(trainer.config)),
+        "bottleneck_size": json.dumps(predictor.bottleneck_size),
+        "seconds": f"{trainer.seconds:.3f}",
+        "shape": json.dumps(trainer.shape),
+        "denoiser": trainer.fingerprint or "",
+    }
+    save_tensors(path, tensors, metadata)
+
+
+def load_predictor(
+    path: Path, config: Training | None = None, denoiser=None, shape=None
+) -> Predictor | LearnedTable:
+    """Read what ``save_predictor`` wrote.
+
+    Args:
+        config, denoiser, shape: only if it was trained so, for a denoiser of these weights, and for
+            samples of this shape; what is not given, or not stated in the file, is not compared.
+
+    Returns:
+        The predictor; its ``trained_for`` is the record of its training.
+
+    Raises:
+        ValueError: the file is missing, damaged, or of another training.
+    """
+    tensors, metadata = load_tensors(path)
+    require("training" in metadata, "the file", str(path), "one that a training wrote")
+    found = Training(**json.loads(metadata["training"]))
+    if config is not None and config != found:
+        a, b = asdict(found), asdict(config)
+        differ = {name: value for name, value in a.items() if value != b[name]}
+        asked = {name: b[name] for name in differ}
+        require(False, f"the predictor in {path}", differ, f"of the training asked for, {asked}")
+    ours, theirs = weights_fingerprint(denoiser), metadata.get("denoiser")
+    require(
+        not ours or not theirs or ours == theirs,
+        f"the predictor in {path}",
+        f"one for a denoiser with the fingerprint {theirs}",
+        f"trained for this denoiser, whose weights have the fingerprint {ours}",
+    )
+    stated = json.loads(metadata.get("shape", "null"))
+    require(
+        shape is None or stated is None or list(shape) == stated,
+        f"the predictor in {path}",
+        f"one for {stated}",
+        f"trained for samples of shape {list(shape or ())}",
+    )
+    predictor = make_predictor(found, json.loads(metadata["bottleneck_size"]))
+    predictor.load_state_dict(below("predictor/", tensors))
+    predictor.trained_for = found
+    return predictor.eval()
+
+
+@dataclass(frozen=True)
+class TrainedSampler:
+    """What ``load_sampler`` reads: a trained predictor with the method it belongs to.
+
+    Attributes:
+        training: the record of the training, and so of the method.
+        predictor: the trained ``Predictor`` or ``LearnedTable``.
+    """
+
+    training: Training
+    predictor: Predictor | LearnedTable
+
+    @property
+    def times(self) -> torch.Tensor:
+        """The time points [N], float64, descending; intermediate ones lie between them."""
+        return self.training.times()
+
+    @cached_property
+    def nfe(self) -> int:
+        """Evaluations per sample, counted, of a denoiser that makes one per call."""
+        size = self.predictor.bottleneck_size
+
+        class Zero:
+            gives_bottleneck, bottleneck_size = True, size
+
+            def __call__(self, x, t, labels=None, return_bottleneck=False):
+                hidden = torch.zeros(1, 1, *(size or (1, 1)), dtype=torch.float32, device="cpu")
+                return (0 * x, hidden) if return_bottleneck else 0 * x
+
+        return self.sample(Zero(), torch.zeros(1, 1, device="cpu")).nfe
+
+    def sample(self, denoiser, latents, labels=None, trajectory: bool = False) -> Sample:
+        """``amedlib.sample`` with the method that the predictor was trained for.
+
+        Args:
+            denoiser: the one that it was trained on.
+            latents: unit normal [B, ...].
+
+        Raises:
+            ValueError: as ``amedlib.sample``.
+        """
+        training = self.training
+        return sample(
+            in_precision(denoiser, training.precision),
+            latents,
+            self.times,
+            training.make_solver(),
+            training.afs,
+            self.predictor.to(latents.device),
+            labels,
+            trajectory,
+        )
+
+    @torch.no_grad()
+    def sigmas(self) -> list[float]:
+        """All noise levels at which the solver steps, descending, intermediate ones included.
+
+        For samplers that take a list of sigmas. Whether they then sample the same is theirs: they
+        know neither AFS nor scaled directions and times, and append a zero themselves.
+
+        Raises:
+            ValueError: r depends on the sample, so that there is no one list.
+        """
+        require(
+            not self.predictor.uses_bottleneck,
+            "the predictor",
+            "one that uses the bottleneck",
+            "one whose r is the same for all samples, to have one list of sigmas: train with "
+            'form="table" or uses_bottleneck=False',
+        )
+        times, sigmas = self.times, []
+        for n, (t_cur, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+            r = float(self.predictor.cpu()(n, t_cur, t_next, None).r)
+            sigmas += [float(t_cur), float(t_next**r * t_cur ** (1 - r))]
+        return [*sigmas, float(times[-1])]
+
+
+def load_sampler(path: Path) -> TrainedSampler:
+    """Read what ``train`` wrote, ready to sample.
+
+    Raises:
+        ValueError: the file is missing or damaged, or no training wrote it.
+    """
+    predictor = load_predictor(path)
+    return TrainedSampler(predictor.trained_for, predictor)

@@ -1,10 +1,14 @@
 """Checkpoints that are pickles, read without running anything that they carry.
 
 A pickle is a program: an ordinary unpickler imports and calls what the file names, and EDM's files
-bring Python source to execute besides. Here the opcodes are interpreted by a stack machine that
-knows the thirty or so which EDM's files consist of, and the few names that these call, each with a
-stand-in of ours that only checks and records. Any other opcode or name refuses the file. Work and
-memory are bounded by ``MAX_STEPS`` and by the size of the file.
+bring Python source to execute besides. Here Python's unpickler is left with the opcodes that such
+files consist of, and the few names in them stay names: a call of one is a ``match`` of ours, which
+checks and records. Any other opcode, name or argument refuses the file. ``torch.load`` never sees
+it; work and memory are bounded by ``MAX_STEPS`` and by the size of the file.
+
+It is the unpickler that the standard library has in Python: the opcodes of the one in C are fixed,
+and so it hashes what a file takes for a key (tuples of tuples: without end, or until the stack is
+full) and allocates as much as the largest index that a file names.
 
 The format is that of ``torch_utils/persistence.py`` (version 6) of NVlabs/edm, with tensors as
 torch reduces them: each storage is the bytes of a ``torch.save`` in the format before zip files
@@ -14,6 +18,7 @@ torch reduces them: each storage is the bytes of a ``torch.save`` in the format 
 import io
 import math
 import mmap
+import pickle
 import pickletools
 import re
 import struct
@@ -28,31 +33,31 @@ from torch.overrides import TorchFunctionMode
 
 from amedlib.denoisers.edm import build
 
-#: Opcodes and entries of modules that a file may have; EDM's largest network has about 100,000.
+#: Opcodes that a file may have; EDM's largest network has about 100,000.
 MAX_STEPS = 1_000_000
 
-_STORAGES = {
-    "torch BFloat16Storage": torch.bfloat16,
-    "torch DoubleStorage": torch.float64,
-    "torch FloatStorage": torch.float32,
-    "torch HalfStorage": torch.float16,
-    "torch IntStorage": torch.int32,
-    "torch LongStorage": torch.int64,
-}
+_KEPT = """PROTO FRAME STOP MARK MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL
+    STACK_GLOBAL BINPERSID NONE NEWTRUE NEWFALSE BINFLOAT BININT BININT1 BININT2 LONG1 BINUNICODE
+    SHORT_BINUNICODE BINBYTES SHORT_BINBYTES EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST
+    APPEND APPENDS EMPTY_DICT SETITEM SETITEMS EMPTY_SET ADDITEMS REDUCE NEWOBJ BUILD""".split()
+_DTYPES = {"BFloat16": torch.bfloat16, "Double": torch.float64, "Float": torch.float32}
+_DTYPES |= {"Half": torch.float16, "Int": torch.int32, "Long": torch.int64}
+_STORAGES = {f"torch.{name}Storage": dtype for name, dtype in _DTYPES.items()}
 _NUMPY_SCALARS = {"f8": "<d", "f4": "<f", "i8": "<q", "i4": "<i", "b1": "?"}
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_EMPTY = {"EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_VALUES = {
-    "BINFLOAT",
-    "BININT",
-    "BININT1",
-    "BININT2",
-    "LONG1",
-    "SHORT_BINUNICODE",
-    "BINUNICODE",
-    "SHORT_BINBYTES",
-    "BINBYTES",
+# The names that files may have, and what a call of them is to _call.
+_OF_TENSORS = {
+    "collections.OrderedDict": "dict",
+    "torch._utils._rebuild_parameter": "parameter",
+    "torch._utils._rebuild_tensor_v2": "tensor",
+}
+_OF_NETWORKS = _OF_TENSORS | {
+    "dnnlib.util.EasyDict": "dict",
+    "numpy.dtype": "dtype",
+    "numpy.core.multiarray.scalar": "scalar",
+    "numpy._core.multiarray.scalar": "scalar",
+    "torch.nn.modules.container.ModuleDict": "modules",
+    "torch.storage._load_from_bytes": "storage",
+    "torch_utils.persistence._reconstruct_persistent_obj": "module",
 }
 
 
@@ -72,10 +77,16 @@ class EDMCheckpoint(NamedTuple):
 
 
 @dataclass(eq=False, slots=True)
-class _Record:
-    """Stands for an object of the file: a "module", "storage" or numpy "dtype"."""
+class _Name:
+    """Stands for a class or function of the file."""
 
-    kind: str
+    name: str
+
+
+@dataclass(eq=False, slots=True)
+class _Record:
+    """Stands for an object of the file, by its state: module (dict), storage (tensor), dtype."""
+
     name: str
     state: Any = None
 
@@ -83,24 +94,6 @@ class _Record:
 def _check(condition, complaint):
     if not condition:
         raise ValueError(complaint)
-
-
-def _check_autograd(requires_grad, hooks):
-    _check(type(requires_grad) is bool, "requires_grad of a tensor is not a bool")
-    _check(type(hooks) is dict and not hooks, "a tensor has hooks")
-
-
-def _plain(value, depth):
-    """A copy of a value made of numbers, strings, lists, tuples and dicts, ``depth`` deep."""
-    if value is None or type(value) in (bool, float):
-        return value
-    if type(value) is int and abs(value) < 2**31 or type(value) is str and len(value) <= 100:
-        return value
-    if depth and type(value) in (list, tuple) and len(value) <= 64:
-        return type(value)(_plain(item, depth - 1) for item in value)
-    if depth and type(value) is dict and len(value) <= 64:
-        return {_plain(key, 0): _plain(item, depth - 1) for key, item in value.items()}
-    raise ValueError("its constructor arguments are more than a few plain values")
 
 
 @contextmanager
@@ -113,296 +106,216 @@ def _refusing(path):
     except Exception as error:  # damaged files make libraries raise exceptions of many kinds
         known = isinstance(error, ValueError)
         kind = "" if known else f"it is malformed, {type(error).__name__}: "
-        sentence = " ".join(str(error).split()).partition(". ")[0][:300].rstrip(".")
+        sentence = str(error) or "it ends before its time"  # an EOFError
+        sentence = " ".join(sentence.split()).partition(". ")[0][:300].rstrip(".")
         raise ValueError(f"The file {path} is refused: {kind}{sentence}.") from error
 
 
-class _Reader:
-    """The stack machine and its stand-ins, with what is left to spend on one file."""
+class _Opcodes(dict):
+    """What the opcodes do, and what is left to spend on all pickles of one file."""
 
     def __init__(self, size):
-        self.steps, self.size, self.bytes = MAX_STEPS, size, size
-        self.claims = {}  # storages by their keys
-        self.seen = set()  # modules
-        self.tensor_calls = {
-            "collections OrderedDict": self._dict,
-            "torch._utils _rebuild_parameter": self._parameter,
-            "torch._utils _rebuild_tensor_v2": self._tensor,
-        }
-        self.network_calls = self.tensor_calls | {
-            "dnnlib.util EasyDict": self._dict,
-            "numpy dtype": self._dtype,
-            "numpy.core.multiarray scalar": self._scalar,
-            "numpy._core.multiarray scalar": self._scalar,
-            "torch.nn.modules.container ModuleDict": self._module_dict,
-            "torch.storage _load_from_bytes": self._storage,
-            "torch_utils.persistence _reconstruct_persistent_obj": self._persistent,
-        }
+        names = {c: pickle._Unpickler.dispatch[c].__name__ for (c,) in map(vars(pickle).get, _KEPT)}
+        super().__init__({code: getattr(_Pickle, name) for code, name in names.items()})
+        self.steps, self.bytes = MAX_STEPS, 2 * size  # storages are read, and then copied
 
-    def _spend(self, steps):
-        self.steps -= steps
-        _check(self.steps >= 0, f"it has more than {MAX_STEPS} opcodes and entries")
+    def __getitem__(self, code):
+        self.steps -= 1
+        if self.steps < 0:
+            raise ValueError(f"it has more than {MAX_STEPS} opcodes")
+        return super().__getitem__(code)
 
-    def run(self, stream, names, storage=None):
-        """The value of one pickle.
+    def __missing__(self, code):
+        opcode = pickletools.code2op.get(chr(code))
+        raise ValueError(f"it asks for the pickle opcode {opcode.name if opcode else code}")
 
-        names: what stands for the globals that it may name. storage: what stands for a storage,
-        from its persistent id; without it, persistent ids are refused.
-        """
-        stack, marked, memo = [], [], {}
+    def spend(self, nbytes):
+        self.bytes -= nbytes
+        _check(self.bytes >= 0, "its storages are larger than the file")
 
-        def since_mark():
-            nonlocal stack
-            items, stack = stack, marked.pop()
-            return items
 
-        def target(kind):
-            _check(type(stack[-1]) is kind, f"it fills something that is not a {kind.__name__}")
-            return stack[-1]
+class _Pickle(pickle._Unpickler):
+    """One pickle of a file.
 
-        def fill(items):
-            keys = items[::2]
-            _check(len(items) % 2 == 0, "a key of it has no value")
-            _check(all(type(key) is str for key in keys), "a key of it is not a string")
-            target(dict).update(zip(keys, items[1::2], strict=True))
+    names: the globals that it may name. allocate: makes a storage, from its key, dtype and length;
+    without it, there are none.
+    """
 
-        # genops bounds every length by what is left in the stream, and calls nothing.
-        for opcode, value, _ in pickletools.genops(stream):
-            self._spend(1)
-            match opcode.name:
-                case "MEMOIZE":
-                    memo[len(memo)] = stack[-1]
-                case "BINPUT" | "LONG_BINPUT":
-                    memo[value] = stack[-1]
-                case "BINGET" | "LONG_BINGET":
-                    stack.append(memo[value])
-                case name if name in _VALUES:
-                    stack.append(value)
-                case name if name in _CONSTANTS:
-                    stack.append(_CONSTANTS[name])
-                case name if name in _EMPTY:
-                    stack.append(_EMPTY[name]())
-                case name if name in _TUPLES:
-                    items = [stack.pop() for _ in range(_TUPLES[name])]
-                    stack.append(tuple(reversed(items)))
-                case "MARK":
-                    marked.append(stack)
-                    stack = []
-                case "TUPLE":
-                    items = since_mark()
-                    stack.append(tuple(items))
-                case "APPEND":
-                    item = stack.pop()
-                    target(list).append(item)
-                case "APPENDS":
-                    items = since_mark()
-                    target(list).extend(items)
-                case "SETITEM":
-                    item, key = stack.pop(), stack.pop()
-                    fill([key, item])
-                case "SETITEMS":
-                    fill(since_mark())
-                case "ADDITEMS":
-                    items = since_mark()
-                    _check(all(type(item) is str for item in items), "a set holds more than names")
-                    target(set).update(items)
-                case "GLOBAL" | "STACK_GLOBAL":
-                    if opcode.name == "STACK_GLOBAL":
-                        name, module = stack.pop(), stack.pop()
-                        _check(type(name) is type(module) is str, "the name of a global is no text")
-                        value = f"{module} {name}"
-                    _check(value in names, f"it asks for {value.replace(' ', '.')[:100]!r}")
-                    stack.append(names[value])
-                case "REDUCE" | "NEWOBJ":
-                    arguments, function = stack.pop(), stack.pop()
-                    _check(type(arguments) is tuple, "it calls with arguments that are no tuple")
-                    # nothing but our stand-ins can be called: the machine makes no other callables
-                    _check(callable(function), "it calls something that is not a function")
-                    stack.append(function(*arguments))
-                case "BUILD":
-                    state = stack.pop()
-                    self._set_state(stack[-1], state)
-                case "BINPERSID" if storage:
-                    stack.append(storage(stack.pop()))
-                case "PROTO" | "FRAME":
-                    pass
-                case "STOP":
-                    _check(len(stack) == 1 and not marked, "its pickle ends with a filled stack")
-                    return stack.pop()
-                case name:
-                    raise ValueError(f"it asks for the pickle opcode {name}")
+    def __init__(self, stream, opcodes, names=(), allocate=None):
+        super().__init__(stream)
+        self.dispatch, self.names, self.allocate, self.storages = opcodes, names, allocate, {}
 
-    @staticmethod
-    def _set_state(record, state):
-        """What BUILD does: once per object, and only where the format has it."""
-        match record:
-            case _Record("module", "ModuleDict", None) if type(state) is dict:
+    def find_class(self, module, name):
+        name = f"{module}.{name}"
+        if self.allocate and name in _STORAGES:
+            return _STORAGES[name]
+        _check(name in self.names, f"it asks for {name[:100]!r}")
+        return _Name(name)
+
+    def persistent_load(self, identity):
+        match identity:
+            case "storage", torch.dtype() as dtype, str() as key, str(), int() as count, *view if (
+                count > 0 and view in ([], [None])
+            ):
+                if key not in self.storages:
+                    self.storages[key] = self.allocate(key, dtype, count)
+                flat = self.storages[key]
+                _check((flat.dtype, len(flat)) == (dtype, count), "it has two storages of one key")
+                return _Record(key, flat)
+        raise ValueError("a persistent id is not that of a storage, with content of its own")
+
+    def load_reduce(self):
+        arguments, function = self.stack.pop(), self.stack.pop()
+        _check(type(function) is _Name, "it calls something that is not a function")
+        _check(type(arguments) is tuple, "it calls with arguments that are no tuple")
+        self.append(_call(function.name, arguments, self.dispatch))
+
+    load_newobj = load_reduce
+
+    def _fill(self, kind, keys, *values):
+        # nothing else is filled (torch lets pickles write to tensors), and nothing else is hashed
+        _check(all(type(key) is str for key in keys), f"a key of a {kind.__name__} is not a string")
+        _check(type(self.stack[-1]) is kind, f"it fills something that is not a {kind.__name__}")
+        self.stack[-1].update(zip(keys, *values, strict=True) if values else keys)
+
+    def load_setitem(self):
+        value, key = self.stack.pop(), self.stack.pop()
+        self._fill(dict, [key], [value])
+
+    def load_setitems(self):
+        items = self.pop_mark()
+        self._fill(dict, items[::2], items[1::2])
+
+    def load_additems(self):
+        items = self.pop_mark()
+        self._fill(set, items)
+
+    def load_build(self):
+        state = self.stack.pop()
+        match self.stack[-1], state:
+            case _Record("ModuleDict", None) as record, dict():
                 record.state = state
-            case _Record("dtype", _, None):
-                expected = (3, "|" if record.name == "b1" else "<", None, None, None, -1, -1, 0)
-                plain = type(state) is tuple and all(
-                    type(v) in (int, str, type(None)) for v in state
-                )
-                _check(plain and state == expected, "a numpy dtype is not plain")
-                record.state = state
-            case dict() if type(state) is dict and list(state) == ["_metadata"]:
+            case _Record(_, None) as record, (int(3), "<" | "|", None, None, None, -1, -1, 0):
+                record.state = state  # of a plain number
+            case dict(), dict() if state.keys() == {"_metadata"}:
                 pass  # versions of the modules, an attribute of the dict that is a state dict
             case _:
-                raise ValueError("it sets the state of something that takes none")
+                raise ValueError("it sets the state of something that takes none, or not this one")
 
-    @staticmethod
-    def _dict():
-        return {}
 
-    @staticmethod
-    def _module_dict():
-        return _Record("module", "ModuleDict")
+def _call(name, arguments, opcodes):
+    """What stands for the value of a call."""
+    match _OF_NETWORKS[name], arguments:
+        case "dict", ():
+            return {}
+        case "modules", ():
+            return _Record("ModuleDict")
+        case "module", ({"type": "class", "version": int(6), "state": dict() as state} as meta,):
+            name = meta.get("class_name")  # and "module_src", the source, which is never looked at
+            identifier = type(name) is str and re.fullmatch(r"\w{1,64}", name)
+            _check(identifier, "the name of a class is no identifier")
+            return _Record(name, state)
+        case "dtype", (str() as kind, bool(), bool()) if kind in _NUMPY_SCALARS:
+            return _Record(_NUMPY_SCALARS[kind])
+        case "scalar", (_Record(code, tuple()), bytes() as content):
+            return struct.unpack(code, content)[0]
+        case "storage", (bytes() as content,):
+            storage = _legacy(opcodes, content)
+            _check(type(storage) is _Record, "a storage is not saved as one storage")
+            return storage
+        case "tensor", (_Record(_, torch.Tensor() as flat), *place, bool(), dict() as hooks):
+            _check(not hooks, "a tensor has hooks")
+            _check(_within(flat, *place), "a tensor reaches beyond its storage")
+            offset, size, stride = place
+            return flat.as_strided(size, stride, offset)
+        case "parameter", (torch.Tensor() as tensor, bool(), dict() as hooks):
+            _check(not hooks, "a tensor has hooks")
+            return tensor
+    raise ValueError(f"it calls {name} with other arguments than a checkpoint does")
 
-    @staticmethod
-    def _dtype(name, align, copy):
-        _check(type(name) is str and name in _NUMPY_SCALARS, "a numpy dtype is not a plain number")
-        return _Record("dtype", name)
 
-    @staticmethod
-    def _scalar(dtype, content):
-        match dtype, content:
-            case _Record("dtype", name, tuple()), bytes():
-                code = _NUMPY_SCALARS[name]
-                _check(len(content) == struct.calcsize(code), "a numpy scalar has a wrong length")
-                return struct.unpack(code, content)[0]
-        raise ValueError("a numpy scalar is not made of a dtype and bytes")
+def _within(flat, offset, size, stride):
+    """Whether a tensor has content, and all of it in its storage."""
+    return (
+        type(size) is type(stride) is tuple
+        and len(size) == len(stride) <= 8
+        and all(type(n) is int and 0 <= n <= len(flat) for n in (offset, *size, *stride))
+        and 0 < math.prod(size) <= len(flat)
+        and offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) < len(flat)
+    )
 
-    @staticmethod
-    def _persistent(meta):
-        match meta:
-            case {
-                "type": str() as kind,
-                "version": int() as version,
-                "module_src": str(),  # never looked at
-                "class_name": str() as name,
-                "state": dict() as state,
-            } if (kind, version) == ("class", 6):
-                _check(re.fullmatch(r"\w{1,64}", name), "the name of a class is no identifier")
-                return _Record("module", name, state)
-        raise ValueError("a persistent object is not a class of version 6 with source and state")
 
-    def claim(self, identity):
-        """A storage without content, from the persistent id that ``torch.save`` gives it."""
-        match identity:
-            case ("storage", torch.dtype() as dtype, str() as key, str(), int() as count, *views):
-                _check(views in ([], [None]), "a storage is a view of another one")
-                _check(
-                    0 < count * dtype.itemsize <= self.size,
-                    "a storage claims to be empty or larger than the file",
-                )
-                flat = torch.empty(count, dtype=dtype, device="meta")
-                known = self.claims.setdefault(key, flat)
-                _check(
-                    (known.dtype, known.numel()) == (dtype, count),
-                    "a storage has two types or two lengths",
-                )
-                return _Record("storage", key, flat)
-        raise ValueError("a persistent id is not that of a storage")
+def _legacy(opcodes, content, names=()):
+    """What ``torch.save`` wrote before zip files: five pickles, and the storages' contents."""
+    opcodes.spend(len(content))
+    stream = io.BytesIO(content)
 
-    def legacy(self, stream, calls):
-        """What was saved, and the keys of its storages, whose content follows in the stream."""
-        names = _STORAGES | calls
-        magic, version, system = (self.run(stream, {}) for _ in range(3))
-        _check(
-            (magic, version) == (0x1950A86A20F9469CFC6C, 1001)
-            and type(system) is dict
-            and system.get("little_endian") is True,
-            "it is not a little-endian file of torch.save",
-        )
-        saved = self.run(stream, names, self.claim)
-        return saved, self.run(stream, {})
+    def allocate(key, dtype, count):
+        opcodes.spend(count * dtype.itemsize)
+        return torch.empty(count, dtype=dtype)
 
-    def _storage(self, content):
-        _check(type(content) is bytes, "a storage is not made of bytes")
-        self.bytes -= len(content)
-        _check(self.bytes >= 0, "its storages are larger than the file")
-        self.claims.clear()
-        stream = io.BytesIO(content)
-        saved, keys = self.legacy(stream, {})
-        _check(
-            type(saved) is _Record and keys == [saved.name], "a storage is not saved as one storage"
-        )
-        start, count, dtype = stream.tell() + 8, saved.state.numel(), saved.state.dtype
-        _check(
-            int.from_bytes(content[start - 8 : start], "little") == count
-            and len(content) - start == saved.state.nbytes,
-            "a storage does not have the length that it claims",
-        )
-        # a copy that can be written to
-        flat = torch.frombuffer(bytearray(memoryview(content)[start:]), dtype=dtype)
-        return _Record("storage", saved.name, flat)
+    magic, version, system = (_Pickle(stream, opcodes).load() for _ in range(3))
+    known = (magic, version) == (0x1950A86A20F9469CFC6C, 1001) and type(system) is dict
+    little = known and system.get("little_endian") is True
+    _check(little, "it is not a little-endian file of torch.save")
+    reader = _Pickle(stream, opcodes, names, allocate)
+    saved, keys = reader.load(), _Pickle(stream, opcodes).load()
+    _check(keys == sorted(reader.storages), "its storages are not those that it lists")
+    lengths = []
+    for flat in map(reader.storages.get, keys):
+        count = int.from_bytes(stream.read(8), "little")
+        filled = stream.readinto(flat.view(torch.uint8).numpy())
+        lengths.append((count, filled) == (len(flat), flat.nbytes))
+    exact = all(lengths) and stream.tell() == len(content)
+    _check(exact, "a storage does not have the length that it claims")
+    return saved
 
-    @staticmethod
-    def _tensor(storage, offset, size, stride, requires_grad, hooks):
-        _check(
-            type(storage) is _Record and storage.kind == "storage",
-            "a tensor is not made of a storage",
-        )
-        flat = storage.state
-        _check(
-            type(size) is type(stride) is tuple and len(size) == len(stride) <= 8,
-            "the sizes and strides of a tensor are not tuples of one length, at most 8",
-        )
-        numbers = (offset, *size, *stride)
-        _check(
-            all(type(n) is int and 0 <= n <= flat.numel() for n in numbers)
-            and 0 not in size
-            and math.prod(size) <= flat.numel()
-            and offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) < flat.numel(),
-            "a tensor reaches beyond its storage",
-        )
-        _check_autograd(requires_grad, hooks)
-        return flat.as_strided(size, stride, offset)
 
-    @staticmethod
-    def _parameter(tensor, requires_grad, hooks):
-        _check(type(tensor) is torch.Tensor, "a parameter is not made of a tensor")
-        _check_autograd(requires_grad, hooks)
-        return tensor
-
-    def collect(self, module, prefix="", depth=0):
-        """Names and tensors of the state dict of a module, in its order."""
-        place = prefix.rstrip(".") or "it"
-        _check(
-            type(module) is _Record and module.kind == "module" and type(module.state) is dict,
-            f"{place} is not a module",
-        )
-        _check(depth <= 8, "its modules are nested more than 8 deep")
-        # no module twice: neither a cycle nor a tree that grows by sharing
-        _check(id(module) not in self.seen, f"{place} is a module that is in the network twice")
-        self.seen.add(id(module))
-        parameters, buffers, modules = (
-            module.state.get(part) for part in ("_parameters", "_buffers", "_modules")
-        )
-        transient = module.state.get("_non_persistent_buffers_set", set())
-        _check(
-            type(parameters) is type(buffers) is type(modules) is dict and type(transient) is set,
-            f"{place} has no parameters, buffers and modules",
-        )
-        self._spend(len(parameters) + len(buffers) + len(modules))
-        for name in (*parameters, *buffers, *modules):
+def _state_dict(module, seen, prefix=""):
+    """Names and tensors of the state dict of a module, in its order."""
+    place = prefix.rstrip(".") or "it"
+    state = module.state if type(module) is _Record and type(module.state) is dict else {}
+    parts = [state.get(part) for part in ("_parameters", "_buffers", "_modules")]
+    transient = state.get("_non_persistent_buffers_set", set())
+    typed = all(type(part) is dict for part in parts) and type(transient) is set
+    _check(typed, f"{place} is not a module with parameters, buffers and modules")
+    # none twice, none deep: neither a cycle nor a tree or names that grow by sharing
+    _check(seen.isdisjoint(map(id, parts)), f"{place} is a module that is in the network twice")
+    _check(len(prefix) <= 200, "its modules are nested too deep")
+    seen.update(map(id, parts))
+    for part in parts:
+        for name, value in part.items():
             _check(re.fullmatch(r"\w{1,64}", name), f"{name[:64]!r} is no name of a parameter")
-        kept = {name: buffer for name, buffer in buffers.items() if name not in transient}
-        for name, tensor in (parameters | kept).items():
-            if tensor is not None:
-                _check(type(tensor) is torch.Tensor, f"{prefix}{name} is not a tensor")
-                yield prefix + name, tensor
-        for name, child in modules.items():
-            if child is not None:
-                yield from self.collect(child, f"{prefix}{name}.", depth + 1)
+            if value is None or part is parts[1] and name in transient:
+                continue
+            if part is parts[2]:
+                yield from _state_dict(value, seen, f"{prefix}{name}.")
+            else:
+                _check(type(value) is torch.Tensor, f"{prefix}{name} is not a tensor")
+                yield prefix + name, value
+
+
+def _plain(value, depth=3):
+    """Whether a value consists of a few numbers, strings, lists, tuples and dicts."""
+    match value:
+        case None | bool() | float():
+            return True
+        case int():
+            return abs(value) < 2**31
+        case str():
+            return len(value) <= 100
+        case dict() if depth and len(value) <= 64:
+            return all(_plain(key, 0) and _plain(item, depth - 1) for key, item in value.items())
+        case list() | tuple() if depth and len(value) <= 64:
+            return all(_plain(item, depth - 1) for item in value)
+    return False
 
 
 def load_edm_pickle(path, key="ema") -> EDMCheckpoint:
     """A network of one of EDM's checkpoints (``network-snapshot-*.pkl``), as data.
 
     Nothing of the file is imported, compiled or called: see the module's description. The tensors
-    are copies, so the file may change afterwards; memory is at most about twice its size, besides
-    the mapped file.
+    are copies, so the file may change afterwards; memory is at most about three times its size.
 
     Args:
         path: the file.
@@ -416,27 +329,23 @@ def load_edm_pickle(path, key="ema") -> EDMCheckpoint:
         open(path, "rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream,
     ):
-        size = len(stream)
-        reader = _Reader(size)
-        content = reader.run(stream, reader.network_calls)
-        _check(stream.tell() == size, "bytes follow the end of its pickle")
+        opcodes = _Opcodes(len(stream))
+        content = _Pickle(stream, opcodes, _OF_NETWORKS).load()
+        _check(stream.tell() == len(stream), "bytes follow the end of its pickle")
         _check(type(content) is dict, "it does not hold a dict")
-        _check(
-            key in content, f"it holds no {key!r} but {[name[:40] for name in list(content)[:8]]}"
-        )
-        state = dict(reader.collect(content[key]))
-        _check(state, f"its {key!r} has no parameters")
+        held = [name[:40] for name in list(content)[:8]]
+        _check(key in content, f"it holds no {key!r} but {held}")
+        state = dict(_state_dict(content[key], set()))
         # one tensor under many names costs nothing here, but would wherever it is copied
-        _check(
-            sum(t.nbytes for t in state.values()) <= size, "its tensors are larger than the file"
-        )
+        nbytes = sum(tensor.nbytes for tensor in state.values())
+        _check(nbytes <= len(stream), "its tensors are larger than the file")
+        _check(nbytes, f"its {key!r} has no parameters")
         network = content[key]
-        arguments, init_kwargs = (network.state.get(f"_init_{part}") for part in ("args", "kwargs"))
-        _check(
-            type(arguments) is tuple and not arguments and type(init_kwargs) is dict,
-            f"its {key!r} was not constructed with recorded keyword arguments alone",
-        )
-        return EDMCheckpoint(network.name, _plain(init_kwargs, depth=3), state)
+        init_kwargs = network.state.get("_init_kwargs")
+        recorded = network.state.get("_init_args") == () and type(init_kwargs) is dict
+        _check(recorded, f"its {key!r} was not constructed with recorded keyword arguments alone")
+        _check(_plain(init_kwargs), "its constructor arguments are more than a few plain values")
+        return EDMCheckpoint(network.name, init_kwargs, state)
 
 
 class _Uninitialised(TorchFunctionMode):
@@ -478,10 +387,8 @@ def edm_network(path, key="ema") -> torch.nn.Module:
 def load_pt(path) -> dict[str, torch.Tensor]:
     """The tensors of a ``torch.save`` of one flat dict, on the CPU.
 
-    ``torch.load(weights_only=True)`` reads the file, after the stack machine of this module found
-    nothing in it but tensors within their storages: torch's own restriction was incomplete before
-    2.6 (CVE-2025-32434) and 2.10 (CVE-2026-24747). A zip file (the format since torch 1.6) is
-    mapped: the tensors read it when they are used, so it has to stay as it is.
+    A zip file (the format since torch 1.6) is mapped: the tensors read it when they are used, so
+    it has to stay as it is. What is written to them does not reach the file.
 
     Tensors are floating-point, int32 or int64, and none is empty or larger than its storage.
 
@@ -489,50 +396,49 @@ def load_pt(path) -> dict[str, torch.Tensor]:
         path: the file, usually ``.pt`` or ``.pth``.
 
     Raises:
-        ValueError: the file is missing, damaged, or holds anything but a flat dict of tensors.
+        ValueError: the file is missing, damaged, not little-endian, or holds anything but a flat
+            dict of tensors.
     """
-    with _refusing(path):
-        size = Path(path).stat().st_size
-        reader = _Reader(size)
-        with open(path, "rb") as file:
-            zipped = file.read(4) == b"PK\x03\x04"
-            file.seek(0)
-            if zipped:
-                source, content = str(path), _saved_in_zip(file, reader)
-            else:  # from memory: given a file, torch would first try whether it is a tar archive
-                source = io.BytesIO(file.read())
-                content, _ = reader.legacy(source, reader.tensor_calls)
-                source.seek(0)
+    with _refusing(path), open(path, "rb") as file:
+        # not closed, as the tensors are in it
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        opcodes = _Opcodes(len(mapped))
+        if mapped[:4] == b"PK\x03\x04":
+            content = _zipped(opcodes, file, mapped)
+        else:
+            content = _legacy(opcodes, mapped[:], _OF_TENSORS)
         _check(type(content) is dict, "it does not hold a dict")
         for name, tensor in content.items():
             kind = type(tensor).__name__
             _check(kind == "Tensor", f"it is no flat dict of tensors, {name[:64]!r} is a {kind}")
-        claimed = sum(flat.nbytes for flat in reader.claims.values())
-        _check(claimed <= size, "its storages are larger than the file")
-        loaded = torch.load(source, map_location="cpu", weights_only=True, mmap=zipped)
-        return {name: tensor.detach() for name, tensor in loaded.items()}
-
-
-def _saved_in_zip(file, reader):
-    """What a zip file by ``torch.save`` holds, its tensors without content."""
-    with zipfile.ZipFile(file) as archive:
-        entries = {entry.filename: entry for entry in archive.infolist()}
-        _check(len(entries) == len(archive.infolist()), "its zip has two entries of one name")
-        # torch.save never compresses: what is in the file is not larger than the file
-        _check(
-            all(entry.compress_type == zipfile.ZIP_STORED for entry in entries.values())
-            and sum(entry.file_size for entry in entries.values()) <= reader.size,
-            "its zip is compressed",
-        )
-        pickles = [name for name in entries if name.endswith(".pkl")]
-        _check(
-            len(pickles) == 1 and pickles[0].endswith("/data.pkl"),
-            f"its zip is not of torch.save, or a TorchScript program, with pickles {pickles[:4]}",
-        )
-        folder = pickles[0].removesuffix("data.pkl")
-        stream = io.BytesIO(archive.read(pickles[0]))
-        content = reader.run(stream, _STORAGES | reader.tensor_calls, reader.claim)
-        for key, flat in reader.claims.items():
-            entry = entries.get(f"{folder}data/{key}")
-            _check(entry and entry.file_size == flat.nbytes, "a storage is not in its zip")
         return content
+
+
+def _zipped(opcodes, file, mapped):
+    """What ``torch.save`` wrote to a zip file, with storages that are mapped."""
+    archive = zipfile.ZipFile(file)
+    listed, size = archive.infolist(), len(mapped)
+    entries = {entry.filename: entry for entry in listed}
+    _check(len(entries) == len(listed), "its zip has two entries of one name")
+    # torch.save never compresses: what is in the file is not larger than the file
+    plain = (entry.compress_type == zipfile.ZIP_STORED for entry in listed)
+    small = (max(entry.compress_size, entry.file_size) <= size for entry in listed)
+    _check(all(plain) and all(small), "its zip is compressed")
+    pickles = [name for name in entries if name.endswith(".pkl")]
+    alone = len(pickles) == 1 and pickles[0].endswith("/data.pkl")
+    _check(alone, f"its zip is not of torch.save, or a TorchScript program, with {pickles[:4]}")
+    folder = pickles[0].removesuffix("data.pkl")
+    order = f"{folder}byteorder"
+    _check(order not in entries or archive.read(order) == b"little", "it is not little-endian")
+
+    def allocate(key, dtype, count):
+        opcodes.spend(count * dtype.itemsize)
+        entry = entries.get(f"{folder}data/{key}")
+        there = entry and entry.file_size == count * dtype.itemsize
+        _check(there, "a storage of this length is not in its zip")
+        lengths = struct.unpack_from("<2H", mapped, entry.header_offset + 26)  # of name and more
+        start = entry.header_offset + 30 + sum(lengths)
+        return torch.frombuffer(mapped, dtype=dtype, count=count, offset=start)
+
+    stream = io.BytesIO(archive.read(pickles[0]))
+    return _Pickle(stream, opcodes, _OF_TENSORS, allocate).load()

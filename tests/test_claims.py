@@ -13,7 +13,7 @@ from scipy import stats
 
 from amedlib.datasets.entries import describe
 from amedlib.datasets.files import DATA
-from amedlib.study import claims, execute, plans, procedures, published, store, tables
+from amedlib.study import claims, execute, facts, noise, plans, procedures, published, store, tables
 from amedlib.study.run import BLOCKS, Result, Run
 from amedlib.study.store import save_result
 from amedlib.study.uncertainty import Estimate, difference
@@ -87,7 +87,7 @@ def test_claims_are_whole():
     assert set(frame["better_pick"]) | set(frame["worse_pick"]) <= {"", "best", "worst"}
     # A comparison or a function, never both; and every function has its claim.
     assert not ((frame["test"] != "") & (frame["better"] != "")).any()
-    assert set(frame["test"]) - {""} == set(claims.TESTS)
+    assert set(frame["test"]) - {""} == set(facts.TESTS)
     untested = frame[(frame["test"] == "") & (frame["better"] == "")]
     assert set(untested["id"]) == {"protocol"}
 
@@ -343,47 +343,47 @@ def test_noise_is_pooled_over_the_same_kind_at_the_nearest_nfe():
     at = {n: replace(LEARNED, nfe=n) for n in (3, 5, 7, 9)}
     five = (2 * 0.03**2 + 0.04**2) / 3, 3
     for nfe, (variance, free) in {3: five, 5: five, 7: (0.1**2, 2), 9: (0.1**2, 2)}.items():
-        relative, degrees = claims.pooled_noise(NOISE, at[nfe])
+        relative, degrees = noise.pooled_noise(NOISE, at[nfe])
         assert relative == pytest.approx(np.sqrt(variance)) and degrees == free
     between = Run(solver="amed", samples=100, nfe=6, predictor={})  # as near to 5 as to 7
-    relative, degrees = claims.pooled_noise(NOISE, between)
+    relative, degrees = noise.pooled_noise(NOISE, between)
     assert relative == pytest.approx(np.sqrt((2 * 0.03**2 + 0.04**2 + 2 * 0.1**2) / 5))
     assert degrees == 5
     plugin = Run(solver="ipndm", samples=100, nfe=5, afs=True, predictor={})
-    assert claims.pooled_noise(NOISE, plugin) == (pytest.approx(0.5), 2)
-    assert claims.pooled_noise(NOISE[:3], plugin) is None
+    assert noise.pooled_noise(NOISE, plugin) == (pytest.approx(0.5), 2)
+    assert noise.pooled_noise(NOISE[:3], plugin) is None
 
 
 def test_one_training_is_given_the_pooled_noise():
-    def noise(what):
+    def borrowed(what):
         return 0.1, 4
 
     once, plain = result(seeded(LEARNED, 0), 4.0), result(PLAIN, 5.0)
-    found = difference([once], [plain], noise=noise)
+    found = difference([once], [plain], noise=borrowed)
     assert found.training_error == pytest.approx(0.4) and found.pooled == 4
     assert found.p_value == pytest.approx(2 * stats.t.sf(1 / 0.4, 4))
     assert np.isnan(difference([once], [plain]).training_error)
     # Where several were trained, their own noise stays.
     three = [result(seeded(LEARNED, i), value) for i, value in enumerate((4.0, 4.1, 4.2))]
-    assert difference(three, [plain], noise=noise) == difference(three, [plain])
+    assert difference(three, [plain], noise=borrowed) == difference(three, [plain])
 
 
 def test_noise_is_read_from_the_store(tmp_path):
-    assert claims.training_noise([stored := claims.stored(plans.table2(nfes=[5]), tmp_path)]).empty
+    assert noise.training_noise([stored := claims.stored(plans.table2(nfes=[5]), tmp_path)]).empty
     assert not stored["result"].any()
     planned = plans.table2(names=["AMED-Solver", "iPNDM"], nfes=[5])
     values = iter([4.0, 5.0, 6.0, 7.0])
     for what in planned["run"]:
         save_result(result(what, next(values)), tmp_path)
     measured = [claims.stored(plans.table2(nfes=[5]), tmp_path)] * 2  # two tables with one cell
-    (row,) = claims.training_noise(measured).to_dict("records")
+    (row,) = noise.training_noise(measured).to_dict("records")
     expected = {"plugin": False, "nfe": 5, "relative_sd": 0.2, "degrees_of_freedom": 2}
     assert row == pytest.approx(expected)
 
 
 def test_noise_is_borrowed_from_the_digits_only_where_no_training_was_repeated():
     of = {name: claims.stored_tables(name, "fd") for name in ("digits", "cifar10_small")}
-    assert claims.training_noise(of["cifar10_small"].values()).empty
+    assert noise.training_noise(of["cifar10_small"].values()).empty
     own = claims.known_noise("digits", of["digits"], "fd")
     pd.testing.assert_frame_equal(
         claims.known_noise("cifar10_small", of["cifar10_small"], "fd"), own
@@ -399,11 +399,11 @@ def test_coverage_of_pooled_noise():
         return {"result": [result(seeded(what, i), value) for i, value in enumerate(values)]}
 
     even, wild = training(5, [4.0, 4.1, 3.9]), training(7, [4.0, 4.0, 9.0])
-    assert claims.coverage([even]) == (0, 0)  # nothing to pool
+    assert noise.coverage([even]) == (0, 0)  # nothing to pool
     # The wild one says that anything goes; by the even one its two like seeds are not covered
     # (2.5 from the mean of the rest), and the third is not either.
-    assert claims.coverage([even, wild]) == (3, 6)
-    assert claims.coverage([even, training(7, [4.0, 4.1, 3.9])]) == (6, 6)
+    assert noise.coverage([even, wild]) == (3, 6)
+    assert noise.coverage([even, training(7, [4.0, 4.1, 3.9])]) == (6, 6)
 
 
 def test_other_seeds_of_a_training_count_where_they_are_stored(tmp_path):
@@ -478,7 +478,7 @@ def test_claims_about_other_data_are_left_out():
 
 def of(name, cells=None, results_dir="no folder"):
     """Comparisons of a function, by what is better and worse: the difference."""
-    return {each[:3]: each[3].value for each in claims.TESTS[name](cells, results_dir)}
+    return {each[:3]: each[3].value for each in facts.TESTS[name](cells, results_dir)}
 
 
 def test_the_papers_tables_against_its_text():
@@ -563,7 +563,7 @@ def test_spread_of_r():
 
 def test_costs(monkeypatch, tmp_path):
     minutes = {("grid_search", 4): 9.0, ("time_wise", 4): 1.0, ("sample_wise", 4): 25.0}
-    monkeypatch.setattr(claims, "_minutes", lambda cells, results_dir: minutes)
+    monkeypatch.setattr(facts, "_minutes", lambda cells, results_dir: minutes)
     found = of("search_minutes")
     assert found == {("time wise", "grid search", 4): -8.0, ("sample wise", "grid search", 4): 16.0}
     assert list(of("training_minutes").values()) == [5.0]

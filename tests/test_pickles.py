@@ -22,7 +22,8 @@ from torch import nn
 
 from amedlib.datasets import checkpoints
 from amedlib.datasets.checkpoints import EDMCheckpoint, edm_network, load_edm_pickle, load_pt
-from amedlib.denoisers.edm import Linear, build
+from amedlib.denoisers.edm import build
+from amedlib.denoisers.layers import Linear
 
 SONG = {
     "img_resolution": 8,

@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-__all__ = ["adm", "cifar10", "digits", "edm", "exact", "latent"]
+__all__ = ["adm", "cifar10", "digits", "edm", "exact", "latent", "layers", "unet"]
 
 
 def __getattr__(name: str):

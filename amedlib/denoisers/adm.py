@@ -18,7 +18,9 @@ import torch.autograd.forward_ad as fwad
 from torch import nn
 
 from amedlib.checks import one_of, require
-from amedlib.denoisers.edm import DhariwalUNet, EDMPrecond, GroupNorm, UNetBlock, _Precond
+from amedlib.denoisers.edm import EDMPrecond, _Precond
+from amedlib.denoisers.layers import GroupNorm, UNetBlock
+from amedlib.denoisers.unet import DhariwalUNet
 from amedlib.schedules import noise_levels
 
 # --- time ---------------------------------------------------------------------------------------

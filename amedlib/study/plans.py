@@ -1,71 +1,15 @@
 """What is run: the Runs of every table and figure, with the settings that the paper states."""
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
 from amedlib.checks import one_of, require
 from amedlib.datasets.entries import describe
 from amedlib.study.published import KEY, published
+from amedlib.study.rows import METHODS, RECIPE, SCHEDULES, SEEDS, Row, methods
 from amedlib.study.run import Run
-
-SEEDS = (0, 1, 2)
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of a table.
-
-    Attributes:
-        solver, options: as in ``make_solver``.
-        schedule: the one that the paper uses for it.
-        afs: whether the paper uses AFS for it in Table 2.
-        learned: whether an intermediate step is learned.
-        predictor: fields of ``Training`` that this row sets.
-    """
-
-    solver: str
-    options: dict = field(default_factory=dict)
-    schedule: str = "polynomial"
-    afs: bool = False
-    learned: bool = False
-    predictor: dict = field(default_factory=dict)
-
-
-# Table 2, with the settings of Sec. 4.1 and Appendix B: orders, schedules, AFS where NFE is odd.
-METHODS = {
-    "DPM-Solver++(3M)": Row("dpmpp", {"order": 3}, "logsnr"),
-    "UniPC": Row("unipc", {"order": 3}, "logsnr"),
-    "iPNDM": Row("ipndm", {"order": 4}),
-    "DDIM": Row("euler"),
-    "DPM-Solver-2": Row("dpm2", afs=True),
-    "EDM": Row("heun", afs=True),
-    "AMED-Solver": Row("amed", afs=True, learned=True),
-    # M = 2: with M = 1 the teacher makes just the student's number of evaluations (`plugin.ipynb`).
-    "AMED-Plugin": Row("ipndm", {"order": 4}, afs=True, learned=True, predictor={"m": 2}),
-}
-# The first version of the paper, whose tables these are, is the default.
-RECIPE = {"recipe": "paper"}
-SCHEDULES = ("polynomial", "logsnr", "time_uniform")
-
-
-def methods(dataset: str) -> dict[str, Row]:
-    """The methods of Table 2 with what the paper says of them on a data set.
-
-    There AMED-Plugin may be on another solver, all methods on one schedule, and none with AFS.
-    """
-    data = describe(dataset)
-    base = METHODS[data.plugin]
-    plugin = replace(
-        METHODS["AMED-Plugin"], solver=base.solver, options=base.options, schedule=base.schedule
-    )
-    return {
-        name: replace(
-            method, schedule=data.schedule or method.schedule, afs=method.afs and data.afs
-        )
-        for name, method in (METHODS | {"AMED-Plugin": plugin}).items()
-    }
 
 
 def _run(dataset, method: Row, nfe, samples, metric="fd", **fields) -> Run:

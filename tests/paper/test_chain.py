@@ -67,7 +67,7 @@ from amedlib.datasets.files import ASSETS, DATA, cache_folder
 from amedlib.datasets.inception import inception_features
 from amedlib.datasets.loaders import INCEPTION, PROMPTS, VGG, load_dataset
 from amedlib.denoisers import adm, latent
-from amedlib.denoisers.edm import DhariwalUNet, SongUNet
+from amedlib.denoisers.unet import DhariwalUNet, SongUNet
 from amedlib.files import load_tensors
 from amedlib.sampling import make_latents
 from amedlib.study import execute, plans, procedures, store, uncertainty

@@ -2,20 +2,29 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Integral, Real
+
+
+def short(given) -> str:
+    """How something that was given is named in a sentence: one line, and not a long one."""
+    text = repr(given)
+    if "\n" in text or len(text) > 200:
+        return f"something of type {type(given).__name__}"
+    return text
 
 
 def one_of(name: str, given, allowed: Iterable) -> None:
     """Raise ``ValueError`` unless ``given`` is among ``allowed``."""
     allowed = list(allowed)
-    if given not in allowed:
+    if not any(given is each or type(given) is type(each) and given == each for each in allowed):
         choices = ", ".join(repr(value) for value in allowed)
-        raise ValueError(f"{name} must be one of {choices}; {given!r} was given.")
+        raise ValueError(f"{name} must be one of {choices}; {short(given)} was given.")
 
 
 def require(condition: bool, name: str, given, allowed: str) -> None:
     """Raise ``ValueError`` unless ``condition``; ``allowed`` completes "<name> must be ..."."""
     if not condition:
-        raise ValueError(f"{name} must be {allowed}; {given!r} was given.")
+        raise ValueError(f"{name} must be {allowed}; {short(given)} was given.")
 
 
 @contextmanager
@@ -32,3 +41,45 @@ def of_the_study(what: str) -> Iterator[None]:
             f"{what} needs the package {error.name}, which comes with the study: "
             "pip install 'amedlib[study]'."
         ) from error
+
+
+def is_whole(given) -> bool:
+    """Whether something is a whole number, NumPy's included; True and False are none."""
+    return isinstance(given, Integral) and not isinstance(given, bool)
+
+
+def is_number(given) -> bool:
+    """Whether something is a real number, NumPy's included; True and False are none."""
+    return isinstance(given, Real) and not isinstance(given, bool)
+
+
+def whole(name: str, given, low: int, high: int, allowed: str | None = None) -> int:
+    """``given`` as an int.
+
+    Raises:
+        ValueError: it is no whole number from ``low`` to ``high``.
+    """
+    allowed = allowed or f"a whole number from {low:,} to {high:,}"
+    require(is_whole(given) and low <= given <= high, name, given, allowed)
+    return int(given)
+
+
+def flag(name: str, given) -> bool:
+    """``given`` as a bool.
+
+    Raises:
+        ValueError: it is neither True nor False; a string such as "no" is not.
+    """
+    require(type(given).__name__ in ("bool", "bool_"), name, given, "True or False")
+    return bool(given)
+
+
+def plain(value):
+    """NumPy's scalars and arrays in a value, its lists and dictionaries, as Python's own."""
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    if hasattr(value, "tolist") and not hasattr(value, "requires_grad"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return type(value)(map(plain, value))
+    return value

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from amedlib.checks import one_of, require
+from amedlib.checks import is_number, one_of, require
 
 
 class Intermediate(NamedTuple):
@@ -35,14 +35,18 @@ class TimeWise:
     """The same r for all samples: one number for all steps, or a table with one per step."""
 
     def __init__(self, r: float | Sequence[float]):
-        table = [r] if isinstance(r, int | float) else [float(value) for value in r]
+        given = r.tolist() if hasattr(r, "tolist") else r
+        self.constant = is_number(given)
+        table = [given] if self.constant else given
         require(
-            bool(table) and all(0 < value < 1 for value in table),
+            isinstance(table, Sequence)
+            and len(table) > 0
+            and all(is_number(value) and 0 < value < 1 for value in table),
             "r",
             r,
             "strictly between 0 and 1",
         )
-        self.constant, self.table = isinstance(r, int | float), table
+        self.table = [float(value) for value in table]
 
     def check(self, intervals: int) -> None:
         """Raise ``ValueError`` unless there is an r for each of ``intervals`` steps."""

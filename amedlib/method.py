@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from amedlib.checks import one_of, require
+from amedlib.checks import flag, one_of, require
 from amedlib.compute import PRECISIONS
 from amedlib.schedules import canonical_rho, make_schedule
 from amedlib.solvers import Solver, canonical_options, make_solver
@@ -40,12 +40,11 @@ class Method:
 
     def __post_init__(self):
         require(isinstance(self.options, dict), "options", self.options, "a dictionary")
-        require(isinstance(self.afs, bool), "afs", self.afs, "True or False")
         one_of("precision", self.precision, PRECISIONS)
-        options = canonical_options(self.solver, self.options)
         self.time_points(2)  # refuses what is no schedule
         self._set(
-            options=options,
+            options=canonical_options(self.solver, self.options),
+            afs=flag("afs", self.afs),
             rho=canonical_rho(self.schedule, self.rho),
             sigma_min=float(self.sigma_min),
             sigma_max=float(self.sigma_max),

@@ -2,11 +2,10 @@
 
 import math
 from dataclasses import KW_ONLY, dataclass, field
-from numbers import Real
 
 import torch
 
-from amedlib.checks import one_of, require
+from amedlib.checks import flag, is_number, one_of, require, whole
 from amedlib.intermediate import FORMS
 from amedlib.method import Method
 from amedlib.solvers import canonical_options, make_solver
@@ -108,7 +107,6 @@ class Training(Method):
             "start": ("student", "teacher"),
             "gradient": ("reverse", "forward"),
             "teacher": TEACHERS,
-            "uses_bottleneck": (True, False),
         }.items():
             one_of(name, getattr(self, name), allowed)
         require(
@@ -117,6 +115,7 @@ class Training(Method):
             self.teacher_options,
             "a dictionary",
         )
+        self._set(uses_bottleneck=flag("uses_bottleneck", self.uses_bottleneck))
         solver = self.make_solver()
         require(
             self.start == "student" or solver.memory <= 2 and solver.order == 1,
@@ -137,18 +136,16 @@ class Training(Method):
 
     def _check_numbers(self):
         for name, low, high, allowed in (
-            ("m", 1, math.inf, "a whole number of at least 1"),
-            ("images", 1, math.inf, "a whole number of at least 1"),
-            ("batch", 1, math.inf, "a whole number of at least 1"),
-            ("num_steps", 2, math.inf, "a whole number of at least 2 time points"),
+            ("m", 1, 10**6, "a whole number of at least 1"),
+            ("images", 1, 10**12, "a whole number of at least 1"),
+            ("batch", 1, 10**12, "a whole number of at least 1"),
+            ("num_steps", 2, 10**6, "a whole number of at least 2 time points"),
             ("seed", 0, 999, "a whole number from 0 to 999"),
         ):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            require(whole and low <= value <= high, name, value, allowed)
+            self._set(**{name: whole(name, getattr(self, name), low, high, allowed)})
         for name in ("scale_dir", "scale_time"):
             value = getattr(self, name)
-            require(isinstance(value, Real) and 0 <= value < 1, name, value, "a bound in [0, 1)")
+            require(is_number(value) and 0 <= value < 1, name, value, "a bound in [0, 1)")
         require(
             self.form == "release" or not (self.scale_dir or self.scale_time),
             "scale_dir and scale_time",
@@ -157,7 +154,7 @@ class Training(Method):
         )
         rate = self.learning_rate
         require(
-            isinstance(rate, Real) and 0 < rate < math.inf,
+            is_number(rate) and 0 < rate < math.inf,
             "learning_rate",
             rate,
             "a positive number",

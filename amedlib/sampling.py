@@ -28,7 +28,7 @@ class Sample:
 
 
 def make_latents(seeds: Iterable[int], shape: tuple[int, ...], device="cpu") -> torch.Tensor:
-    """Unit normal latents [N, *shape], float32, of N seeds; one generator per seed.
+    """Unit normal latents, [N] + shape, float32, of N seeds; one generator per seed.
 
     So sample i is the same image in every batch and on every device.
     """

@@ -5,12 +5,11 @@ Time is the noise level, t = sigma. A schedule is a descending float64 tensor of
 """
 
 import math
-from numbers import Real
 
 import numpy as np
 import torch
 
-from amedlib.checks import one_of, require
+from amedlib.checks import is_number, one_of, require, whole
 
 # The shortest VP time that the time_uniform schedule visits (Song et al., 2021, Appendix C).
 VP_TIME_MIN = 1e-3
@@ -66,7 +65,12 @@ def noise_levels(name: str) -> np.ndarray:
 
 
 def _discrete(u, sigma_min, sigma_max, sigmas):
-    sigmas = noise_levels(sigmas) if isinstance(sigmas, str) else np.asarray(sigmas, np.float64)
+    if isinstance(sigmas, str):
+        sigmas = noise_levels(sigmas)
+    try:
+        sigmas = np.asarray(sigmas, np.float64)
+    except (TypeError, ValueError):
+        require(False, "sigmas", sigmas, "an ascending list of at least two noise levels")
     require(
         sigmas.ndim == 1 and len(sigmas) > 1 and bool(np.all(np.diff(sigmas) > 0)),
         "sigmas",
@@ -129,14 +133,16 @@ def make_schedule(
         ValueError: an argument is outside its range.
     """
     one_of("schedule", name, SCHEDULES)
-    require(
-        isinstance(num_steps, int | np.integer) and 2 <= num_steps <= 10**6,
+    num_steps = whole(
         "num_steps",
         num_steps,
+        2,
+        10**6,
         "a whole number up to a million and of at least 2 time points",
     )
     for given, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max), ("rho", rho)):
-        require(isinstance(value, Real) or given == "rho" and rho is None, given, value, "a number")
+        require(is_number(value) or given == "rho" and rho is None, given, value, "a number")
+    sigma_min, sigma_max = float(sigma_min), float(sigma_max)
     require(
         0 < sigma_min < sigma_max < math.inf,
         "sigma_min and sigma_max",
@@ -146,6 +152,7 @@ def make_schedule(
     if rho is None:
         rho = DEFAULT_RHO.get(name, 1.0)
     require(0 < rho < math.inf, "rho", rho, "a positive number")
+    rho = float(rho)
     u = torch.arange(num_steps, dtype=torch.float64, device="cpu") / (num_steps - 1)
     try:
         if name == "polynomial":

@@ -13,12 +13,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
-from numbers import Real
 
 import numpy as np
 import torch
 
-from amedlib.checks import one_of, require
+from amedlib.checks import flag, is_number, one_of, require, whole
 from amedlib.schedules import vp_coefficients
 
 
@@ -60,12 +59,9 @@ class Solver(ABC):
     highest_order = 1
 
     def __post_init__(self):
-        require(
-            isinstance(self.order, int) and 1 <= self.order <= self.highest_order,
-            "order",
-            self.order,
-            f"a whole number from 1 to {self.highest_order} for this solver",
-        )
+        allowed = f"a whole number from 1 to {self.highest_order} for this solver"
+        order = whole("order", self.order, 1, self.highest_order, allowed)
+        object.__setattr__(self, "order", order)
 
     @property
     def memory(self) -> int:
@@ -136,11 +132,13 @@ class TwoStage(Solver):
         if self.r is None:
             object.__setattr__(self, "r", TABLE_1[self.name][0])
         require(
-            self.r is None or isinstance(self.r, Real) and 0.001 <= self.r <= 1,
+            self.r is None or is_number(self.r) and 0.001 <= self.r <= 1,
             "r",
             self.r,
             "a number in (0, 1], 1 being Heun's, and not below 0.001",
         )
+        if self.r is not None:
+            object.__setattr__(self, "r", float(self.r))
 
     def step(self, history, t_next, order, scale=1.0):
         start = history[0]
@@ -289,8 +287,7 @@ class ExponentialMultistep(Solver):
     def __post_init__(self):
         super().__post_init__()
         for name in ("predict_x0", "lower_order_final", "thresholding"):
-            value = getattr(self, name)
-            require(isinstance(value, bool), name, value, "True or False")
+            object.__setattr__(self, name, flag(name, getattr(self, name)))
 
     def output(self, x, t, denoised):
         if not self.predict_x0:

@@ -3,11 +3,10 @@
 import hashlib
 import json
 from dataclasses import MISSING, asdict, dataclass, fields
-from numbers import Real
 
 import torch
 
-from amedlib.checks import one_of, require
+from amedlib.checks import is_number, one_of, plain, require, whole
 from amedlib.datasets.entries import DATASETS, describe
 from amedlib.intermediate import TimeWise
 from amedlib.method import Method
@@ -68,7 +67,7 @@ class Run(Method):
             (self.r, self.predictor),
             "given one at a time",
         )
-        if self.r is not None and self.r != "searched":
+        if self.r is not None and not (isinstance(self.r, str) and self.r == "searched"):
             self._check_r()
         if self.predictor is not None:
             self._complete_predictor()
@@ -83,13 +82,8 @@ class Run(Method):
             ("first_seed", 0, 10**15),
             ("nfe", 1, 1000),
         ):
-            value = getattr(self, name)
-            require(
-                isinstance(value, int) and not isinstance(value, bool) and low <= value <= high,
-                name,
-                value,
-                f"a whole number of at least {low} and at most {high:,}",
-            )
+            allowed = f"a whole number of at least {low} and at most {high:,}"
+            self._set(**{name: whole(name, getattr(self, name), low, high, allowed)})
         require(
             self.metric == "grid_search" or self.first_seed + self.samples <= FIRST_TRAINING_SEED,
             "first_seed",
@@ -104,16 +98,17 @@ class Run(Method):
         )
 
     def _check_r(self):
-        each = self.r if isinstance(self.r, tuple | list) else (self.r,)
+        given = plain(self.r)
+        several = isinstance(given, tuple | list)
+        each = given if several else (given,)
         # Nearer to the ends, differences over the step drown in rounding.
         require(
-            all(isinstance(r, Real) and 0.001 <= r <= 0.999 for r in each),
+            all(is_number(r) and 0.001 <= r <= 0.999 for r in each),
             "r",
-            self.r,
+            given,
             "strictly between 0 and 1, from 0.001 to 0.999; one number or one per step",
         )
-        several = isinstance(self.r, tuple | list)
-        self._set(r=tuple(float(r) for r in each) if several else float(self.r))
+        self._set(r=tuple(float(r) for r in each) if several else float(given))
         TimeWise(self.r).check(self.num_steps - 1)
 
     def _complete_predictor(self):

@@ -75,8 +75,7 @@ def install() -> None:
             with open(os.environ["FAULTS_LOG"], "a") as log:
                 log.write(f"{store.result_path(run).stem}/{index} {os.getpid()}\n")
         time.sleep(float(os.environ.get("FAULTS_SLOW", 0)))
-        # One block is enough to fail a Run; a worker that dies takes seconds to come again.
-        if str(run.nfe) == os.environ.get("FAULTS_DEADLY") and index == 0:
+        if str(run.nfe) == os.environ.get("FAULTS_DEADLY"):
             time.sleep(0.5)  # in the middle of its work
             os.kill(os.getpid(), signal.SIGKILL)
         return whole(run, context, index)
@@ -132,4 +131,6 @@ def compute(folder, runs=RUNS, environment=(), file_size=None, user=None) -> Non
     except (RuntimeError, ValueError) as error:
         if "FAULTS_WHY" in os.environ:
             Path(os.environ["FAULTS_WHY"]).write_text(str(error))
+        else:
+            print(error, file=sys.stderr)
         sys.exit(1)

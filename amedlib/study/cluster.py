@@ -6,6 +6,7 @@ find out they write to files, so all that travels between processes is which tas
 
 import heapq
 import logging
+import math
 import os
 import queue
 import re
@@ -37,7 +38,7 @@ class Task:
     Attributes:
         function, arguments: what is called; to reach another process, both must pickle.
         needs: keys of the tasks that must be done before; those that ``do`` does not know are.
-        priority: a task of a higher one goes first, where the executor knows priorities.
+        priority: a task of a higher one goes first.
     """
 
     function: Callable
@@ -53,10 +54,13 @@ class Workers:
     Attributes:
         submit: a task to a ``Future``.
         ask: calls a function with arguments in every worker there is, and returns what they say.
+        room: how many tasks to hand over at a time. One that waits at a worker would go down with
+            it, and be taken for what killed it.
     """
 
     submit: Callable[[Task], Future]
     ask: Callable[..., list]
+    room: Callable[[], float] = lambda: math.inf
 
 
 def check_cluster(cluster) -> None:
@@ -137,8 +141,9 @@ def _here(task: Task) -> Future:
 def _of_client(client) -> Workers:
     executor = client.get_executor(pure=False)
     return Workers(
-        lambda task: executor.submit(task.function, *task.arguments, priority=task.priority),
+        lambda task: executor.submit(task.function, *task.arguments),
         lambda function, *args: list(client.run(function, *args).values()),
+        lambda: max(1, sum(client.nthreads().values())),
     )
 
 
@@ -160,8 +165,8 @@ def local_cluster(workers: int | None, device: str | None):
     scheduler = {"cls": Scheduler, "options": options}
     settings = {
         "distributed.nanny.pre-spawn-environ": ENVIRONMENT,
-        # A task that outlives two workers is tried once more by itself, see `do`.
-        "distributed.scheduler.allowed-failures": 1,
+        # A task whose worker dies is tried once more by itself, see `do`.
+        "distributed.scheduler.allowed-failures": 0,
         # On a busy machine it takes its time until a worker is there again.
         "distributed.deploy.lost-worker-timeout": "1 hour",
     }
@@ -226,6 +231,10 @@ class Board:
         of = self.dependents[key]
         return key not in self.failed and (not of or any(each not in self.failed for each in of))
 
+    def share(self, a: str, b: str) -> bool:
+        """Whether one task needs both, as a result needs its blocks."""
+        return not set(self.dependents[a]).isdisjoint(self.dependents[b])
+
     def fail(self, key: str, error: Exception) -> None:
         """A task has failed, and with it all that need it."""
         self.failed[key] = error
@@ -245,13 +254,13 @@ def do(tasks: dict[str, Task], workers: Workers, done: Callable[[], None]) -> di
     """Do all tasks, each when those it needs are done; ``done()`` is called after each.
 
     When a task fails, those that need it are not begun, nor what is needed by nothing else; all
-    others go on. A worker that dies takes along what waits for its turn there: a task that Dask
-    gave up for that is tried again at the end, by itself, and has failed if that kills too.
+    others go on. A task that Dask gave up because its worker died is tried again at the end, by
+    itself, and has failed if that kills too; what is needed for the same waits for that.
 
     Returns:
         The keys of tasks that failed, or need one that did, with the error.
     """
-    board, running, alone, tried = Board(tasks), {}, [], set()
+    board, running, suspects, tried, held = Board(tasks), {}, [], set(), []
     finished: queue.SimpleQueue = queue.SimpleQueue()
 
     def start(key):
@@ -266,7 +275,7 @@ def do(tasks: dict[str, Task], workers: Workers, done: Callable[[], None]) -> di
         elif not board.wanted(key):
             pass  # whatever became of it
         elif _died(error) and key not in tried:
-            alone.append(key)
+            suspects.append(key)
         else:
             if _died(error):
                 error = RuntimeError("the process that computes it dies, every time")
@@ -275,15 +284,25 @@ def do(tasks: dict[str, Task], workers: Workers, done: Callable[[], None]) -> di
                 if not board.wanted(each):
                     running[each].cancel()
 
+    def begin(key):
+        if any(board.share(key, suspect) for suspect in suspects):
+            held.append(key)
+        elif board.wanted(key):
+            start(key)
+
     try:
         while True:
-            key = board.next()
-            if key is None and not running and alone:
-                key = alone.pop(0)
-                tried.add(key)
-            if key is not None and board.wanted(key):
-                start(key)
-            if key is None and not running:
+            key = board.next() if len(running) < workers.room() else None
+            if key is not None:
+                begin(key)
+            elif not running and suspects:
+                tried.add(key := suspects.pop(0))
+                if board.wanted(key):
+                    start(key)
+                    end(finished.get())
+                while held:
+                    board.enter(held.pop())
+            elif not running:
                 return board.failed
             # What is done is noted between two submissions, and awaited when nothing can start.
             if running and key is None:

@@ -1,8 +1,10 @@
 """Bad input gets one sentence: the argument, what was given, what is allowed."""
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
+from pathlib import Path
 
 
 def short(given) -> str:
@@ -72,6 +74,29 @@ def flag(name: str, given) -> bool:
     """
     require(type(given).__name__ in ("bool", "bool_"), name, given, "True or False")
     return bool(given)
+
+
+def path(name: str, given) -> Path:
+    """``given`` as a Path; ``~`` is the user's home.
+
+    Raises:
+        ValueError: it names no place in a file system.
+    """
+    named = isinstance(given, str | os.PathLike) and str(given) != ""
+    require(named, name, given, "a path, as a string or a pathlib.Path")
+    return Path(given).expanduser()
+
+
+def shape(name: str, given) -> tuple[int, ...]:
+    """``given`` as a tuple of ints.
+
+    Raises:
+        ValueError: it is no list of whole numbers of at least 1.
+    """
+    each = list(given) if isinstance(given, Iterable) else []
+    fits = len(each) > 0 and all(is_whole(size) and size >= 1 for size in each)
+    require(fits, name, given, "a tuple of whole numbers of at least 1")
+    return tuple(map(int, each))
 
 
 def plain(value):

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import torch
 from threadpoolctl import threadpool_limits
 
-from amedlib.checks import one_of
+from amedlib.checks import one_of, require
+from amedlib.wrapper import Wrapper
 
 
 def halved(size: int, what: str, error: Exception) -> int:
@@ -25,16 +26,14 @@ def halved(size: int, what: str, error: Exception) -> int:
 PRECISIONS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class _HalfPrecision:
+class _HalfPrecision(Wrapper):
     def __init__(self, denoiser, dtype):
-        self.denoiser, self.dtype = denoiser, dtype
-
-    def __getattr__(self, name):
-        return getattr(self.denoiser, name)
+        super().__init__(denoiser)
+        self.dtype = dtype
 
     def __call__(self, x, t, labels=None, **options):
         with torch.autocast(x.device.type, self.dtype):
-            return self.denoiser(x, t, labels, **options)
+            return super().__call__(x, t, labels, **options)
 
 
 def in_precision(denoiser, precision: str):
@@ -68,9 +67,21 @@ def in_batches(seeds: list[int], batch: int, work: Callable) -> Iterator:
         first += len(part)
 
 
-def best_device(device: str | None) -> str:
-    """The device that is asked for; with ``None`` the GPU, if there is one."""
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+def best_device(device: str | torch.device | None) -> str:
+    """The device that is asked for; with ``None`` the GPU, if there is one.
+
+    Raises:
+        ValueError: there is no such device, or none that knows float64.
+    """
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        require(isinstance(device, str | torch.device), "device", device, "a name")
+        torch.empty(0, dtype=torch.float64, device=device)
+    except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError):
+        found = ["'cpu'", *(f"'cuda:{i}'" for i in range(torch.cuda.device_count()))]
+        require(False, "device", device, f"one that is here: {', '.join(found)}")
+    return str(device)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from amedlib.intermediate import Intermediate
+from amedlib.wrapper import Wrapper
 
 
 def _linear(function):
@@ -80,7 +81,7 @@ def forward_derivative(denoiser, x, t, dx, dt, labels=None):
         return tuple(fwad.unpack_dual(out))
 
 
-class ForwardMode:
+class ForwardMode(Wrapper):
     """A student's denoiser and intermediate, tied together for forward mode.
 
     Inside a step the network's input depends on at most two scalars per sample, r and scale_time.
@@ -89,8 +90,8 @@ class ForwardMode:
     """
 
     def __init__(self, denoiser, predictor):
-        self.denoiser, self.predictor = denoiser, predictor
-        self.gives_bottleneck = getattr(denoiser, "gives_bottleneck", False)
+        super().__init__(denoiser)
+        self.predictor = predictor
 
     def intermediate(self, step, t_cur, t_next, bottleneck):
         self.r, scale_dir, self.scale_time = self.predictor(step, t_cur, t_next, bottleneck)
@@ -101,7 +102,7 @@ class ForwardMode:
 
     def __call__(self, x, t, labels=None, **options):
         if fwad.unpack_dual(t).tangent is None:  # the evaluation at t_cur
-            return self.denoiser(x, t, labels, **options)
+            return super().__call__(x, t, labels, **options)
         (x, dx), (t, dt) = fwad.unpack_dual(x), fwad.unpack_dual(t)
         x, dx = x.detach(), dx.detach()
         t, dt = (value.detach().expand(len(x), 1, 1, 1).contiguous() for value in (t, dt))

@@ -1,13 +1,17 @@
 """The one loop (Algorithm 2): any schedule, solver and intermediate; AFS, NFE, trajectories."""
 
+import bisect
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 
+import numpy as np
 import torch
 
-from amedlib.checks import require
+from amedlib import checks
+from amedlib.checks import flag, require, whole
+from amedlib.compute import best_device
 from amedlib.intermediate import Intermediate, TimeWise
 from amedlib.solvers import Evaluation, Solver, TwoStage
 
@@ -31,8 +35,15 @@ def make_latents(seeds: Iterable[int], shape: tuple[int, ...], device="cpu") -> 
     """Unit normal latents, [N] + shape, float32, of N seeds; one generator per seed.
 
     So sample i is the same image in every batch and on every device.
+
+    Raises:
+        ValueError: a seed is no whole number from 0 to 2^63 - 1, the shape is none, or there is no
+            such device.
     """
-    seeds = list(seeds)
+    require(isinstance(seeds, Iterable), "seeds", seeds, "a list or a range of whole numbers")
+    seeds = [whole("a seed", seed, 0, 2**63 - 1) for seed in seeds]
+    shape = checks.shape("shape", shape)
+    device = best_device(device)
     # Dtype and device are named everywhere, whatever the defaults of the process are.
     latents = torch.empty(len(seeds), *shape, dtype=torch.float32, device="cpu")
     generator = torch.Generator("cpu")
@@ -184,6 +195,26 @@ class Sampler:
             self._remember(self.times[-1], self._evaluate(self.times[-1])[0])
 
 
+def _tensor(name: str, given, dtype=None) -> torch.Tensor:
+    """Numbers as a tensor."""
+    try:
+        return torch.as_tensor(given, dtype=dtype)
+    except (TypeError, ValueError, RuntimeError):
+        require(False, name, given, "a tensor or an array of numbers")
+
+
+def _checked_labels(labels, batch: int):
+    if isinstance(labels, np.ndarray):
+        labels = _tensor("labels", labels)
+    if labels is None:
+        return None
+    words = isinstance(labels, list | tuple) and all(isinstance(each, str) for each in labels)
+    fits = (words or torch.is_tensor(labels) and labels.ndim > 0) and len(labels) == batch
+    given = tuple(labels.shape) if torch.is_tensor(labels) else labels
+    require(fits, "labels", given, f"None, a tensor [{batch}, ...] or a list of {batch} strings")
+    return labels
+
+
 def _fixed(r: float) -> Callable[..., Intermediate]:
     return lambda step, t_cur, t_next, bottleneck: Intermediate(r)
 
@@ -193,9 +224,9 @@ def check_inputs(denoiser, latents, times, solver, intermediate) -> None:
     require(callable(denoiser), "denoiser", denoiser, "a callable (x, t, labels=None)")
     require(isinstance(solver, Solver), "solver", solver, "made by amedlib.make_solver")
     require(
-        torch.is_tensor(latents) and latents.ndim >= 2 and latents.numel() > 0,
+        latents.ndim >= 2 and latents.numel() > 0 and not latents.is_complex(),
         "latents",
-        tuple(latents.shape) if torch.is_tensor(latents) else type(latents).__name__,
+        tuple(latents.shape) if not latents.is_complex() else "a complex tensor",
         "a tensor [B, ...] with at least one sample",
     )
     require(
@@ -262,21 +293,24 @@ def sample(
     Args:
         denoiser: D(x; t), a callable ``(x, t, labels=None)`` that returns a tensor of the shape of
             x, [B, ...]; t is a 0-dimensional tensor or [B, 1, ...].
-        latents: unit normal [B, ...], any trailing shape.
+        latents: unit normal [B, ...], any trailing shape; a tensor, or a NumPy array.
         times: N descending time points, from ``make_schedule``.
         solver: from ``make_solver``.
         afs: analytical first step, saves one evaluation.
         intermediate: ``None`` for the plain solver; ``TimeWise`` or a ``Predictor`` for AMED-Solver
             and AMED-Plugin.
-        labels: handed to the denoiser.
+        labels: handed to the denoiser; a tensor [B, ...], or a list of B strings.
         trajectory: keep the states at all N time points.
 
     Raises:
         ValueError: an argument is not of the form above, or samples become NaN or infinite; the
             sentence says in which step.
     """
-    times = torch.as_tensor(times, dtype=torch.float64, device=latents.device)
+    latents = _tensor("latents", latents)
+    times = _tensor("times", times, torch.float64).to(latents.device)
+    afs, trajectory = flag("afs", afs), flag("trajectory", trajectory)
     check_inputs(denoiser, latents, times, solver, intermediate)
+    labels = _checked_labels(labels, len(latents))
     x = latents.to(torch.float64) * times[0]
     sampler = Sampler(denoiser, x, times, solver, afs, intermediate, labels)
     states, finite = [], []
@@ -318,21 +352,23 @@ def num_steps_for(
     Raises:
         ValueError: the method cannot have this NFE; the sentence says which it can have.
     """
-    require(isinstance(nfe, int) and nfe >= 1, "nfe", nfe, "a whole number of at least 1")
+    nfe = whole("nfe", nfe, 1, 10**6)
     middle = TimeWise(0.5) if intermediate else None
-    counted = {}
-    for points in range(2, nfe // per_call + 4):
+
+    @cache
+    def count(points: int) -> int:
         times = torch.linspace(1.0, 0.5, points, dtype=torch.float64, device="cpu")
-        out = sample(
-            lambda x, t, labels=None: x, torch.ones(1, 1, device="cpu"), times, solver, afs, middle
-        )
-        counted[per_call * out.nfe] = points
-    nearest = sorted((n for n in counted if n > 0), key=lambda n: abs(n - nfe))[:8]
+        one = torch.ones(1, 1, device="cpu")
+        out = sample(lambda x, t, labels=None: x, one, times, solver, afs, middle)
+        return per_call * out.nfe
+
+    # More points never make fewer evaluations: the largest number that makes at most `nfe`.
+    fitting = range(2, nfe // per_call + 4)
+    points = 1 + bisect.bisect_right(fitting, nfe, key=count)
+    if points >= 2 and count(points) == nfe:
+        return points
+    around = {count(n) for n in range(max(2, points - 4), points + 6)} - {0}
+    nearest = sorted(around, key=lambda n: abs(n - nfe))[:8]
     possible = ", ".join(map(str, sorted(nearest)))
-    require(
-        nfe in counted,
-        "nfe",
-        nfe,
-        f"one that this method can have {'with' if afs else 'without'} AFS ({possible}, ...)",
-    )
-    return counted[nfe]
+    how = "with" if afs else "without"
+    require(False, "nfe", nfe, f"one that this method can have {how} AFS ({possible}, ...)")

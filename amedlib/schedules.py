@@ -72,7 +72,10 @@ def _discrete(u, sigma_min, sigma_max, sigmas):
     except (TypeError, ValueError):
         require(False, "sigmas", sigmas, "an ascending list of at least two noise levels")
     require(
-        sigmas.ndim == 1 and len(sigmas) > 1 and bool(np.all(np.diff(sigmas) > 0)),
+        sigmas.ndim == 1
+        and len(sigmas) > 1
+        and sigmas[0] >= 0
+        and bool(np.all(np.diff(sigmas) > 0)),
         "sigmas",
         sigmas.shape,
         "an ascending list of at least two noise levels",

@@ -204,7 +204,8 @@ def _quadrature(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     rounding.
     """
     nodes, weights = np.polynomial.legendre.leggauss(32)
-    return torch.from_numpy(nodes).to(device), torch.from_numpy(weights).to(device)
+    with torch.inference_mode(False):  # those made in it could not be used in a training
+        return torch.from_numpy(nodes).to(device), torch.from_numpy(weights).to(device)
 
 
 @dataclass(frozen=True)

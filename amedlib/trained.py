@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 
+from amedlib import checks
 from amedlib.checks import require
 from amedlib.compute import in_precision
-from amedlib.files import load_tensors, save_tensors
+from amedlib.files import load_tensors, reading, save_tensors
 from amedlib.intermediate import LearnedTable, Predictor
 from amedlib.recipes import Training
 from amedlib.sampling import Sample, sample
+from amedlib.wrapper import Wrapper
 
 LOGGED = 10  # batches whose log is kept with a predictor: how training ended
 
@@ -35,10 +37,18 @@ def make_predictor(
 
 def weights_fingerprint(denoiser) -> str | None:
     """A hash of a denoiser's weights, 16 hexadecimal digits; ``None`` where it shows none."""
-    if not isinstance(denoiser, torch.nn.Module):
+    tensors, around = {}, []
+    while isinstance(denoiser, Wrapper):
+        around.append(type(denoiser).__name__)
+        own = {".".join([*around, name]): value for name, value in vars(denoiser).items()}
+        tensors |= {name: value for name, value in own.items() if torch.is_tensor(value)}
+        denoiser = denoiser.denoiser
+    if isinstance(denoiser, torch.nn.Module):
+        tensors |= denoiser.state_dict()
+    if not tensors:
         return None
     digest = hashlib.sha256()
-    for name, tensor in sorted(denoiser.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(content.numpy().data)
@@ -82,11 +92,16 @@ def load_predictor(
         The predictor; its ``trained_for`` is the record of its training.
 
     Raises:
-        ValueError: the file is missing, damaged, or of another training.
+        ValueError: the file is missing, or of another training; ``Damaged`` if no training wrote
+            it, or not so.
     """
+    path = checks.path("path", path)
     tensors, metadata = load_tensors(path)
-    require("training" in metadata, "the file", str(path), "one that a training wrote")
-    found = Training(**json.loads(metadata["training"]))
+    with reading(path, "one that a training wrote"):
+        found = Training(**json.loads(metadata["training"]))
+        stated = json.loads(metadata.get("shape", "null"))
+        predictor = make_predictor(found, json.loads(metadata["bottleneck_size"]))
+        predictor.load_state_dict(below("predictor/", tensors))
     if config is not None and config != found:
         a, b = asdict(found), asdict(config)
         differ = {name: value for name, value in a.items() if value != b[name]}
@@ -99,15 +114,12 @@ def load_predictor(
         f"one for a denoiser with the fingerprint {theirs}",
         f"trained for this denoiser, whose weights have the fingerprint {ours}",
     )
-    stated = json.loads(metadata.get("shape", "null"))
     require(
         shape is None or stated is None or list(shape) == stated,
         f"the predictor in {path}",
         f"one for {stated}",
         f"trained for samples of shape {list(shape or ())}",
     )
-    predictor = make_predictor(found, json.loads(metadata["bottleneck_size"]))
-    predictor.load_state_dict(below("predictor/", tensors))
     predictor.trained_for = found
     return predictor.eval()
 

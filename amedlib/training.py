@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -12,9 +13,10 @@ import torch
 import torch.autograd.forward_ad as fwad
 from tqdm.auto import tqdm
 
+from amedlib import checks
 from amedlib.checks import require
-from amedlib.compute import halved, in_precision
-from amedlib.files import load_tensors, save_tensors
+from amedlib.compute import best_device, halved, in_precision
+from amedlib.files import Damaged, check_writable, load_tensors, reading, save_tensors
 from amedlib.forward_mode import ForwardMode
 from amedlib.intermediate import LearnedTable, Predictor
 from amedlib.recipes import FIRST_TRAINING_SEED, Training
@@ -26,6 +28,7 @@ from amedlib.trained import (
     save_predictor,
     weights_fingerprint,
 )
+from amedlib.wrapper import Wrapper, unwrapped
 
 
 def squared_l2(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -55,6 +58,25 @@ def _teach(denoiser, x, config, labels):
     return [*states, teacher.x], evaluations
 
 
+class _Frozen(Wrapper):
+    """A network whose parameters are constants in any graph, whatever else is done with them."""
+
+    def __init__(self, denoiser):
+        super().__init__(denoiser)
+        inner = unwrapped(denoiser)
+        parameters = inner.parameters() if isinstance(inner, torch.nn.Module) else ()
+        self.learning = [each for each in parameters if each.requires_grad]
+
+    def __call__(self, x, t, labels=None, **options):
+        try:
+            for each in self.learning:
+                each.requires_grad_(False)
+            return super().__call__(x, t, labels, **options)
+        finally:
+            for each in self.learning:
+                each.requires_grad_(True)
+
+
 class Trainer:
     """Trains one predictor, batch by batch; what it holds can be saved and taken up again.
 
@@ -76,15 +98,16 @@ class Trainer:
         device="cpu",
         labels: Callable | None = None,
     ):
+        require(callable(denoiser), "denoiser", denoiser, "a callable (x, t, labels=None)")
+        require(isinstance(config, Training), "config", config, "an amedlib.Training")
+        shape, device = checks.shape("shape", shape), best_device(device)
         require(
             getattr(denoiser, "gives_bottleneck", False) or not config.uses_bottleneck,
             "uses_bottleneck",
             config.uses_bottleneck,
             "False for a denoiser that gives no bottleneck",
         )
-        if isinstance(denoiser, torch.nn.Module):
-            denoiser.requires_grad_(False)
-        self.denoiser = in_precision(denoiser, config.precision)
+        self.denoiser = in_precision(_Frozen(denoiser), config.precision)
         self.config, self.shape = config, shape
         self.fingerprint = weights_fingerprint(denoiser)
         self.distance, self.device = distance, device
@@ -214,21 +237,30 @@ class Trainer:
         save_tensors(path, tensors, metadata)
 
     def resume(self, path: Path) -> None:
-        """Go on from what ``save`` wrote; a file of another training is refused."""
+        """Go on from what ``save`` wrote.
+
+        Raises:
+            ValueError: the file is missing, or of another training; ``Damaged`` if no training
+                wrote it, or not so.
+        """
         tensors, metadata = load_tensors(path)
-        same = Training(**json.loads(metadata["training"])) == self.config
-        same &= json.loads(metadata["shape"]) == list(self.shape)
-        same &= metadata["denoiser"] == (self.fingerprint or "")
-        require(same, "the checkpoint", str(path), "one of the same training of this denoiser")
-        self.predictor.load_state_dict(below("predictor/", tensors))
-        state = self.optimizer.state_dict()
-        state["state"] = {}
-        for name, value in below("adam/", tensors).items():
-            index, key = name.split("/")
-            state["state"].setdefault(int(index), {})[key] = value
-        self.optimizer.load_state_dict(state)
-        self.log = tensors["log"].tolist()
-        self.seconds = tensors["seconds"].item()
+        with reading(path, "the state of a training"):
+            same = Training(**json.loads(metadata["training"])) == self.config
+            same &= json.loads(metadata["shape"]) == list(self.shape)
+            same &= metadata["denoiser"] == (self.fingerprint or "")
+            state = self.optimizer.state_dict() | {"state": {}}
+            for name, value in below("adam/", tensors).items():
+                index, key = name.split("/")
+                state["state"].setdefault(int(index), {})[key] = value
+            for each in state["state"].values():
+                each["step"], each["exp_avg"], each["exp_avg_sq"]  # all there is
+            log, seconds = tensors["log"].tolist(), tensors["seconds"].item()
+        allowed = "the state of the same training of this denoiser; delete it to begin anew"
+        require(same, "the file", str(path), allowed)
+        with reading(path, "the state of a training"):
+            self.predictor.load_state_dict(below("predictor/", tensors))
+            self.optimizer.load_state_dict(state)
+        self.log, self.seconds = log, seconds
 
 
 def train(
@@ -243,21 +275,32 @@ def train(
 ) -> Predictor | LearnedTable:
     """Train a predictor, or load it if ``path`` holds it; an interrupted training goes on.
 
-    A file or a state of another training, of another denoiser's weights or of another shape is
-    refused.
-
-    Every 20 batches the state is kept in ``path`` with the suffix ``.partial``. The result is a
-    safetensors file with the weights, the log of the last ten batches [10, N-1, 3] (for every step
-    the loss that its r was trained on, mean and standard deviation of r over the batch), the
+    Every 20 batches the state is kept beside ``path``, under its name and ``.partial``. The result
+    is a safetensors file with the weights, the log of the last ten batches [10, N-1, 3] (for every
+    step the loss that its r was trained on, mean and standard deviation of r over the batch), the
     seconds of training and the configuration. Arguments as in ``Trainer``.
+
+    Raises:
+        ValueError: ``path`` cannot be written; or it or the state beside it is of another training,
+            of another denoiser's weights or of another shape. A state that cannot be read is left
+            out with a warning.
     """
-    path = Path(path)
+    path = checks.path("path", path)
     if path.is_file():
         return load_predictor(path, config, denoiser, shape)
+    require(not path.exists(), "path", str(path), "that of a file")
+    check_writable(path.parent, "the folder of path")
     trainer = Trainer(denoiser, config, shape, distance, device, labels)
-    partial = path.with_suffix(".partial")
+    partial = path.with_name(f"{path.name}.partial")
     if partial.is_file():
-        trainer.resume(partial)
+        try:
+            trainer.resume(partial)
+        except Damaged as error:
+            warnings.warn(f"{error} Training begins anew.", stacklevel=2)
+            trainer = Trainer(denoiser, config, shape, distance, device, labels)
+        except ValueError:
+            if partial.is_file():  # else another process has just finished this training
+                raise
     name = f"{config.solver}, {config.num_steps} points, seed {config.seed}"
     with tqdm(
         total=trainer.batches, initial=len(trainer.log), desc=name, disable=not progress

@@ -6,20 +6,19 @@ import time
 import torch
 
 import amedlib
+from amedlib.wrapper import Wrapper
 
 from .timing import compare, ratio
 
 SOLVERS = ("euler", "heun", "dpm2", "amed", "ipndm", "deis", "dpmpp", "unipc")
 
 
-class Recorder:
+class Recorder(Wrapper):
     """Hands calls on to a denoiser, and keeps them and the time spent in them."""
 
-    gives_bottleneck = True
-
     def __init__(self, denoiser):
-        self.denoiser, self.calls, self.seconds = denoiser, [], 0.0
-        self.bottleneck_size = denoiser.bottleneck_size
+        super().__init__(denoiser)
+        self.calls, self.seconds = [], 0.0
 
     def __call__(self, *args, **options):
         self.calls.append((args, options))

@@ -470,14 +470,14 @@ def published(archive, tmp_path_factory):
 @pytest.fixture
 def small(published, monkeypatch):
     monkeypatch.setattr(loaders, "load_weights", partial(load_weights, folder=published))
-    load_dataset.cache_clear()
+    loaders._load.cache_clear()
     yield load_dataset("cifar10_small")
-    load_dataset.cache_clear()
+    loaders._load.cache_clear()
 
 
 def test_without_weights_the_error_says_how_to_make_them(tmp_path, monkeypatch):
     monkeypatch.setattr(loaders, "load_weights", partial(load_weights, folder=tmp_path))
-    load_dataset.cache_clear()
+    loaders._load.cache_clear()
     with pytest.raises(ValueError, match="missing; `make models DATASET=cifar10_small` trains it"):
         load_dataset("cifar10_small")
 

@@ -150,8 +150,8 @@ def test_guidance_moves_the_conditional_denoiser_of_images_that_are_not_centred(
 def test_fingerprints_name_all_weights(monkeypatch):
     def found():
         # not from the cache of ``load_dataset``
-        load = loaders.load_dataset.__wrapped__
-        return [load(name).fingerprint for name in ("digits", "digits_guidance_2")]
+        load = loaders._load.__wrapped__
+        return [load(name, "cpu").fingerprint for name in ("digits", "digits_guidance_2")]
 
     before = found()
 

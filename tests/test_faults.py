@@ -184,6 +184,8 @@ def test_workers_that_die_lose_no_number(undisturbed, workers, monkeypatch, tmp_
     assert numbers(tmp_path / "a") == expected
     marks = list((tmp_path / "a").rglob("failed.txt"))
     assert [mark.parent.name for mark in marks] == [f"{result_path(deadly).stem}.blocks.partial"]
+    # It was not tried block by block: by both workers at once, and the first block once more.
+    assert 2 <= sum(result_path(deadly).stem in b for b in faulty.begun(workers)) <= 3
     # One block was begun twice: the one that was being computed when its worker was killed.
     of_others = [b for b in faulty.begun(workers) if result_path(deadly).stem not in b]
     assert sorted(of_others) == sorted([*set(of_others), *killed]) and len(set(of_others)) == 40
@@ -248,6 +250,46 @@ def test_two_studies_in_one_store(undisturbed, tmp_path):
     assert [process.exitcode for process in both] == [0, 0]
     assert numbers(tmp_path / "results") == expected
     assert not list((tmp_path / "results").rglob("*.partial"))
+
+
+def test_another_study_tidies_up_while_a_block_is_written(undisturbed, monkeypatch, tmp_path):
+    """It has finished the Run, and takes the folder away in which the block is to be kept."""
+    _, expected = undisturbed
+    monkeypatch.setenv("FAULTS_LOG", str(tmp_path / "log"))
+    make, taken = tempfile.mkstemp, []
+
+    def late(*args, dir, **how):
+        if dir.suffix == ".partial" and dir not in taken:
+            taken.append(dir)
+            shutil.rmtree(dir)
+        return make(*args, dir=dir, **how)
+
+    monkeypatch.setattr(tempfile, "mkstemp", late)
+    with faulty.installed():
+        run_all(faulty.RUNS, tmp_path / "results", "cpu", progress=False)
+    assert len(taken) == 5  # of the solution, of three sets of samples, and of their r
+    assert numbers(tmp_path / "results") == expected
+
+
+def test_a_spoilt_predictor_or_solution_is_made_again(undisturbed, tmp_path):
+    original, expected = undisturbed
+    folder = tmp_path / "results"
+    shutil.copytree(original, folder)
+    for path in folder.rglob("*.json"):
+        path.unlink()
+    with faulty.installed():
+        shared = [predictor_path(faulty.RUNS[1], folder), solution_path(faulty.RUNS[1], folder)]
+    for spoil in (lambda old: old[:-9], lambda old: b"<html>"):
+        for path in shared:
+            path.write_bytes(spoil(path.read_bytes()))
+        with faulty.installed(), pytest.warns(UserWarning, match="was set aside as") as warned:
+            run_all(faulty.RUNS[:2], folder, "cpu", progress=False)
+        assert len(warned) == 2
+        assert {path.with_suffix(".corrupt").is_file() for path in shared} == {True}
+        found = numbers(folder)
+        assert found and all(expected[name] == found[name] for name in found)
+        for path in folder.rglob("*.json"):
+            path.unlink()
 
 
 def test_the_age_of_files_decides_nothing(undisturbed, tmp_path):

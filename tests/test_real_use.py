@@ -2,9 +2,12 @@
 
 import itertools
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from toys import TinyNet
 
 import amedlib
 from amedlib.denoisers.exact import GaussianDenoiser
@@ -185,3 +188,174 @@ def test_an_exact_denoiser_is_what_the_closed_form_says():
     exact = GaussianDenoiser(torch.zeros(shape), torch.ones(shape))
     x = amedlib.make_latents(range(2), shape).double()
     torch.testing.assert_close(exact(x, torch.tensor(2.0)).to(x), normal(x, 2.0))
+
+
+def test_numpys_numbers_and_arrays_are_taken():
+    latents = amedlib.make_latents(np.arange(3), (1, 4, 4))
+    assert torch.equal(latents, amedlib.make_latents(range(3), (1, 4, 4)))
+    times = amedlib.make_schedule(
+        num_steps=np.int64(5), sigma_max=np.float32(80), rho=np.float32(7)
+    )
+    solver = amedlib.make_solver("ipndm", order=np.int32(3))
+    expected = amedlib.sample(normal, latents, times, solver)
+    found = amedlib.sample(normal, latents.numpy(), times.numpy(), solver, np.True_)
+    assert torch.is_tensor(found.x) and found.nfe == expected.nfe - 1
+    found = amedlib.sample(normal, latents.numpy(), times.tolist(), solver)
+    assert torch.equal(found.x, expected.x)
+    labels = np.eye(3, dtype=np.float32)
+    seen = []
+    amedlib.sample(
+        lambda x, t, labels: seen.append(labels) or x, latents, times, solver, labels=labels
+    )
+    assert torch.equal(seen[0], torch.eye(3))
+    r = amedlib.TimeWise(np.array([0.25, 0.5, 0.75, 0.5], np.float32))
+    assert r.table == [0.25, 0.5, 0.75, 0.5]
+    run = amedlib.Run(
+        solver="ipndm",
+        nfe=np.int64(5),
+        samples=np.int64(40),
+        first_seed=np.int32(2),
+        rho=np.float32(7),
+    )
+    assert run == amedlib.Run(solver="ipndm", nfe=5, samples=40, first_seed=2)
+    assert run.key == amedlib.Run(solver="ipndm", nfe=5, samples=40, first_seed=2).key
+    training = amedlib.Training(solver="ipndm", num_steps=np.int64(4), seed=np.int64(3))
+    assert training == amedlib.Training(solver="ipndm", num_steps=4, seed=3)
+
+
+TIMES = amedlib.make_schedule(num_steps=5)
+LATENTS = amedlib.make_latents(range(3), (1, 4, 4))
+EULER = amedlib.make_solver("euler")
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: amedlib.make_latents([2**70], (1, 4, 4)), "a seed must be a whole number from 0"),
+        (lambda: amedlib.make_latents([-1], (1, 4, 4)), "a seed must be .*; -1 was given"),
+        (lambda: amedlib.make_latents([1.5], (1, 4, 4)), "a seed must be .*; 1.5 was given"),
+        (lambda: amedlib.make_latents([True], (1, 4, 4)), "a seed must be .*; True was given"),
+        (lambda: amedlib.make_latents([0], (1, 4, 4), "gpu"), "device must be one that is here"),
+        (lambda: amedlib.load_dataset("digits", "gpu"), "device must be one that is here"),
+        (lambda: amedlib.load_dataset("digits", 3), "device must be one that is here"),
+        (lambda: amedlib.run(amedlib.Run(nfe=3), device="tpu"), "device must be one that is here"),
+        (lambda: amedlib.Run(nfe=True), "nfe must be .*; True was given"),
+        (lambda: amedlib.Run(nfe="5"), "nfe must be .*; '5' was given"),
+        (lambda: amedlib.Run(r=np.array([0.5, 2])), "r must be strictly between 0 and 1"),
+        (lambda: amedlib.Run(r=np.array(["a"])), "r must be strictly between 0 and 1"),
+        (lambda: amedlib.TimeWise(None), "r must be strictly between 0 and 1; None was given"),
+        (lambda: amedlib.TimeWise({}), "r must be strictly between 0 and 1"),
+        (lambda: amedlib.make_schedule(sigma_min="0.1"), "sigma_min must be a number; '0.1'"),
+        (lambda: amedlib.make_schedule(sigma_max=None), "sigma_max must be a number; None"),
+        (
+            lambda: amedlib.make_schedule("discrete", sigmas=["a", "b"]),
+            "sigmas must be an ascending",
+        ),
+        (
+            lambda: amedlib.make_schedule("discrete", sigmas=[-1.0, 90.0]),
+            "sigmas must be an ascend",
+        ),
+        (lambda: amedlib.sample(normal, LATENTS, ["a", "b"], EULER), "times must be a tensor or"),
+        (lambda: amedlib.sample(normal, LATENTS, None, EULER), "times must be a tensor or"),
+        (lambda: amedlib.sample(normal, "noise", TIMES, EULER), "latents must be a tensor or"),
+        (lambda: amedlib.sample(normal, None, TIMES, EULER), "latents must be a tensor or"),
+        (
+            lambda: amedlib.sample(normal, LATENTS + 1j, TIMES, EULER),
+            "latents must be .*; 'a complex tensor' was given",
+        ),
+        (lambda: amedlib.sample(normal, LATENTS, TIMES, "euler"), "solver must be made by"),
+        (lambda: amedlib.sample(normal, LATENTS, TIMES, EULER, "no"), "afs must be True or False"),
+        (
+            lambda: amedlib.sample(normal, LATENTS, TIMES, EULER, trajectory="no"),
+            "trajectory must be True or False",
+        ),
+        (
+            lambda: amedlib.sample(normal, LATENTS, TIMES, EULER, labels=[1, 2, 3]),
+            "labels must be None, a tensor",
+        ),
+        (
+            lambda: amedlib.sample(normal, LATENTS, TIMES, EULER, labels=torch.ones(2, 10)),
+            r"labels must be None, a tensor \[3, ...\] or a list of 3 strings; \(2, 10\) was given",
+        ),
+        (lambda: amedlib.run(amedlib.Run(nfe=3), None), "results_dir must be a path"),
+        (lambda: amedlib.run(amedlib.Run(nfe=3), 5), "results_dir must be a path"),
+        (lambda: amedlib.run({"nfe": 3}), "run must be an amedlib.Run; {'nfe': 3} was given"),
+        (lambda: amedlib.run_all([{"nfe": 3}]), "run must be an amedlib.Run"),
+        (lambda: amedlib.run_all(amedlib.Run(nfe=3)), "runs must be a list of Runs"),
+        (lambda: amedlib.run_all(5), "runs must be a list of Runs"),
+        (lambda: amedlib.train(TinyNet(), {"num_steps": 3}, (1, 8, 8), "a"), "config must be"),
+        (
+            lambda: amedlib.train(TinyNet(), amedlib.Training(), (1, 8, 8), "a", device="gpu"),
+            "device must be one that is here",
+        ),
+        (lambda: amedlib.train("net", amedlib.Training(), (1, 8, 8), "a"), "denoiser must be"),
+        (lambda: amedlib.train(TinyNet(), amedlib.Training(), (1, 0), "a"), "shape must be"),
+        (lambda: amedlib.train(TinyNet(), amedlib.Training(), 8, "a"), "shape must be"),
+        (lambda: amedlib.make_latents([0], "ab"), "shape must be"),
+        (lambda: amedlib.make_latents(5, (1, 4)), "seeds must be"),
+        (lambda: amedlib.load_dataset(None), "dataset must be one of"),
+        (lambda: amedlib.load_dataset(["digits"]), "dataset must be one of"),
+        (lambda: amedlib.make_solver(None), "solver must be one of"),
+        (lambda: amedlib.make_solver(["ipndm"]), "solver must be one of"),
+    ],
+)
+def test_bad_input_is_one_sentence(call, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=sentence) as caught:
+        call()
+    text = str(caught.value)
+    assert "\n" not in text and len(text) < 500 and text.endswith(".")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_inference_leaves_behind_does_not_break_a_training():
+    from amedlib import solvers
+
+    solvers._quadrature.cache_clear()
+    with torch.inference_mode():
+        solve(normal, solver="deis")
+    config = amedlib.Training(solver="deis", num_steps=4, images=4, batch=4)
+    amedlib.training.Trainer(TinyNet(), config, (1, 8, 8)).step()
+
+
+@pytest.mark.parametrize("solver", WHOLE)
+@pytest.mark.parametrize("afs", [False, True])
+def test_the_number_of_points_is_found_by_few_samples(solver, afs, monkeypatch):
+    from amedlib import sampling
+
+    sampled = []
+    whole = sampling.sample
+    monkeypatch.setattr(sampling, "sample", lambda *a: sampled.append(1) or whole(*a))
+    method = amedlib.make_solver(solver)
+    wanted = 301 if afs else 300  # two evaluations in each step, or one
+    points = sampling.num_steps_for.__wrapped__(wanted, method, afs)
+    assert len(sampled) < 12
+    times = amedlib.make_schedule(num_steps=points, rho=1)
+    out = whole(normal, amedlib.make_latents([0], (2,)), times, method, afs)
+    assert out.nfe == wanted
+
+
+def test_data_sets_with_and_without_a_reference_run_together(monkeypatch, tmp_path):
+    """And pixels are compared where features are not."""
+    from faulty import toy_dataset
+
+    from amedlib.study import execute
+
+    whole = toy_dataset(normal)
+    seen = []
+    bare = replace(whole, judge=lambda: seen.append(1), metrics=("endpoint_error",))
+    sets = {"digits": whole, "digits_uncentred": bare}
+    monkeypatch.setattr(execute, "load_dataset", lambda name, device="cpu": sets[name])
+    monkeypatch.setattr("amedlib.study.store.SOLUTION", execute_solution())
+    runs = [
+        amedlib.Run("fd_pixels", nfe=3, samples=20),
+        amedlib.Run("first_slope", "digits_uncentred", nfe=3, samples=20),
+    ]
+    frame = amedlib.run_all(runs, tmp_path, "cpu", progress=False)
+    assert frame["value"].notna().all() and not seen
+
+
+def execute_solution():
+    from amedlib.study import store
+
+    return store.SOLUTION | {"num_steps": 5}

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from amedlib.checks import one_of
+from amedlib.compute import best_device
 from amedlib.datasets.checkpoints import edm_network, load_pt
 from amedlib.datasets.entries import Entry, describe
 from amedlib.datasets.files import ASSETS, DATA, cache_folder, fetch, fingerprint
@@ -26,6 +27,7 @@ from amedlib.files import load_tensors
 from amedlib.metrics import Moments, feature_distance, lpips_distance
 from amedlib.sampling import make_classes
 from amedlib.training import squared_l2
+from amedlib.wrapper import Wrapper
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 VGG = "vgg16-397923af.pth"
@@ -95,17 +97,15 @@ def load_weights(
     return *load_tensors(path), found
 
 
-class Shifted:
+class Shifted(Wrapper):
     """The denoiser of data moved by ``mean``: D(x; t) = D_0(x - mean; t) + mean."""
 
-    gives_bottleneck = True
-
     def __init__(self, denoiser, mean):
-        self.denoiser, self.mean = denoiser, mean
-        self.bottleneck_size, self.label_dim = denoiser.bottleneck_size, denoiser.label_dim
+        super().__init__(denoiser)
+        self.mean = mean
 
     def __call__(self, x, t, labels=None, return_bottleneck=False):
-        denoised, bottleneck = self.denoiser(x - self.mean, t, labels, return_bottleneck=True)
+        denoised, bottleneck = super().__call__(x - self.mean, t, labels, return_bottleneck=True)
         denoised = denoised + self.mean
         return (denoised, bottleneck) if return_bottleneck else denoised
 
@@ -324,12 +324,16 @@ LOADERS = {
 }
 
 
-@lru_cache(maxsize=4)
-def load_dataset(name: str, device: str = "cpu") -> Dataset:
-    """A data set with everything that a study needs, on ``device``.
+def load_dataset(name: str, device: str | None = "cpu") -> Dataset:
+    """A data set with everything that a study needs, on ``device``; loaded once.
 
     Raises:
-        ValueError: no such data set, or its files are missing or altered.
+        ValueError: no such data set or device, or its files are missing or altered.
     """
+    return _load(describe(name).name, best_device(device))
+
+
+@lru_cache(maxsize=4)
+def _load(name: str, device: str) -> Dataset:
     entry = describe(name)
     return LOADERS[entry.load](entry, device)

@@ -46,7 +46,8 @@ def sigma_range(time_map: str = "release") -> tuple[float, float]:
 @cache
 def _minus_log_alpha_bar(device: torch.device) -> torch.Tensor:
     """Of the ``SIGMAS``; copied to a device once, which waits for it."""
-    return torch.as_tensor(SIGMAS, device=device).square().log1p()
+    with torch.inference_mode(False):  # what is made in it could not be used in a training
+        return torch.as_tensor(SIGMAS, device=device).square().log1p()
 
 
 def timestep(sigma: torch.Tensor, time_map: str = "release") -> torch.Tensor:

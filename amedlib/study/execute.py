@@ -6,8 +6,9 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,21 +19,23 @@ import torch
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
+from amedlib import checks
 from amedlib.checks import require
 from amedlib.compute import best_device, one_thread
 from amedlib.datasets.entries import describe
 from amedlib.datasets.loaders import load_dataset
-from amedlib.files import load_tensors, save_tensors, write_atomically
+from amedlib.files import check_writable, load_tensors, save_tensors, write_atomically
 from amedlib.study.cluster import Task, check_cluster, connect, do
 from amedlib.study.procedures import PROCEDURES, Context, make_block, qualities, solve_block
 from amedlib.study.run import BLOCKS, OF_SAMPLES, Result, Run
 from amedlib.study.store import (
     RESULTS,
     Block,
-    check_writable,
     code_fingerprint,
     device_name,
     fingerprint_of,
+    is_whole_predictor,
+    is_whole_solution,
     kept_block,
     load_block,
     load_result,
@@ -50,7 +53,9 @@ from amedlib.training import train
 
 
 def _finish_predictor(run: Run, context: Context) -> None:
-    data = context.data
+    data, path = context.data, predictor_path(run, context.results_dir)
+    if is_whole_predictor(path):
+        return
     if run.trained_on != run.dataset:
         data = load_dataset(run.trained_on, context.device)
     with one_thread():
@@ -58,7 +63,7 @@ def _finish_predictor(run: Run, context: Context) -> None:
             data.denoiser,
             run.training,
             data.shape,
-            predictor_path(run, context.results_dir),
+            path,
             data.distances(run.training.loss),
             context.device,
             context.progress,
@@ -75,13 +80,15 @@ def _finish_solution_block(run: Run, context: Context, index: int) -> torch.Tens
         return load_tensors(kept)[0]["x"]
     except ValueError:  # there is none, or none that can be read
         block = solve_block(run, context, index)
-        save_tensors(kept, {"x": block}, {})
+        with suppress(FileNotFoundError):  # another study has just finished, and tidied up
+            save_tensors(kept, {"x": block}, {})
         return block
 
 
 def _finish_solution(run: Run, context: Context) -> None:
     path = solution_path(run, context.results_dir)
-    blocks = [_finish_solution_block(run, context, i) for i in range(BLOCKS)]
+    if not is_whole_solution(path):
+        blocks = [_finish_solution_block(run, context, i) for i in range(BLOCKS)]
     if not path.is_file():
         save_tensors(path, {"x": torch.cat(blocks)}, {"what": json.dumps(solution_key(run))})
     shutil.rmtree(unfinished(path), ignore_errors=True)
@@ -95,7 +102,8 @@ def _finish_block(run: Run, context: Context, index: int) -> Block | None:
     block = load_block(kept)
     if block is None:
         block = make_block(run, context, index)
-        save_block(kept, block)
+        with suppress(FileNotFoundError):  # another study has just finished, and tidied up
+            save_block(kept, block)
     return block
 
 
@@ -147,8 +155,10 @@ def _results(run: Run, context: Context, blocks: list[Block]) -> list[Result]:
 
 
 def context_of(run: Run, results_dir, device, progress=False) -> Context:
+    require(isinstance(run, Run), "run", run, "an amedlib.Run")
     device = best_device(device)
-    return Context(load_dataset(run.dataset, device), Path(results_dir), device, progress)
+    results_dir = checks.path("results_dir", results_dir)
+    return Context(load_dataset(run.dataset, device), results_dir, device, progress)
 
 
 def _work(finish: Callable, run: Run, results_dir: Path, device, *index: int) -> None:
@@ -196,8 +206,8 @@ def _tasks(what: Run, results_dir: Path, device, fingerprint: str) -> dict[str, 
     """
     tasks: dict[str, Task] = {}
 
-    def add(path, finish, *index, needs=(), priority=1):
-        if not path.is_file():
+    def add(path, finish, *index, needs=(), priority=1, there=Path.is_file):
+        if not there(path):
             arguments = finish, what, results_dir, device, *index
             tasks[str(path)] = Task(_work, arguments, tuple(map(str, needs)), priority)
         return path
@@ -211,11 +221,12 @@ def _tasks(what: Run, results_dir: Path, device, fingerprint: str) -> dict[str, 
         tasks |= _tasks(what.search(), results_dir, device, fingerprint)
         needs.append(result_path(what.search(), results_dir))
     if what.predictor is not None:
-        needs.append(add(predictor_path(what, results_dir), _finish_predictor))
+        path_of_it = predictor_path(what, results_dir)
+        needs.append(add(path_of_it, _finish_predictor, there=is_whole_predictor))
     procedure = PROCEDURES[what.metric]
     if what.metric in OF_SAMPLES and "endpoint_error" in qualities(what):
         solution = solution_path(what, results_dir)
-        if not solution.is_file():
+        if not is_whole_solution(solution):
             add(solution, _finish_solution, needs=add_blocks(solution, _finish_solution_block))
         needs.append(solution)
     if procedure.measure:
@@ -240,18 +251,23 @@ def compute(run: Run, results_dir=RESULTS, device=None, progress=True) -> list[R
 def _complete(runs: list[Run], results_dir, device, progress, cluster):
     """Results by key; Runs whose computation failed, with the error; and how many there were."""
     check_cluster(cluster)
-    results_dir = Path(results_dir).absolute()
+    for what in runs:
+        require(isinstance(what, Run), "run", what, "an amedlib.Run")
+    if cluster is None:  # the workers of one may have other devices
+        device = best_device(device)
+    results_dir = checks.path("results_dir", results_dir).absolute()
     results = {what.key: load_result(what, results_dir) for what in runs}
     missing = {what.key: what for what in runs if results[what.key] is None}
     if not missing:
         return results, [], 0
-    check_writable(results_dir)
+    check_writable(results_dir, "results_dir")
     # A data set whose files cannot be had is found out before any work starts.
     fingerprints = {}
     for name in {what.dataset for what in missing.values()}:
-        data = load_dataset(name, best_device(device) if cluster is None else "cpu")
+        data = load_dataset(name, device if cluster is None else "cpu")
         fingerprints[name] = fingerprint_of(data)
-        if any(what.metric == "fd" for what in missing.values()):
+        asked = {what.metric for what in missing.values() if what.dataset == name}
+        if asked & {"fd", "fd_pixels"}:
             _ = data.reference
     # Runs that differ in the metric only are computed together, as the first of them.
     groups: dict[str, list[Run]] = {}
@@ -304,7 +320,7 @@ def run(what: Run, results_dir=RESULTS, device=None, progress=True, cluster=None
 
 
 def run_all(
-    runs: Sequence[Run],
+    runs: Iterable[Run],
     results_dir=RESULTS,
     device: str | None = None,
     progress=True,
@@ -327,6 +343,7 @@ def run_all(
             does not see ``results_dir``.
         RuntimeError: some Runs failed; all others are in the store.
     """
+    require(isinstance(runs, Iterable), "runs", runs, "a list of Runs")
     runs = list(runs)
     results, failures, number = _complete(runs, results_dir, device, progress, cluster)
     if failures:

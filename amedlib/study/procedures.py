@@ -142,8 +142,8 @@ def _measure_quality(run: Run, context: Context) -> Callable:
     def measure(seeds):
         out = context.sample(run, seeds, times, solver, run.afs, intermediate)
         found = {}
+        images = data.to_images(out.x) if {"fd", "fd_pixels"} & {*metrics} else None
         if "fd" in metrics:
-            images = data.to_images(out.x)
             found["fd"] = Moments.of(data.features(images))
         if "fd_pixels" in metrics:
             found["fd_pixels"] = Moments.of(images.flatten(1))

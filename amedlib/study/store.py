@@ -4,8 +4,9 @@ import hashlib
 import json
 import os
 import platform
-import tempfile
 import warnings
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from functools import lru_cache
 from importlib.metadata import version
@@ -15,18 +16,29 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from amedlib import checks
+from amedlib.checks import require
 from amedlib.datasets.files import DATA, INSTALLED
 from amedlib.datasets.loaders import Dataset
-from amedlib.files import load_tensors, save_tensors, write_atomically
+from amedlib.files import (
+    Damaged,
+    check_writable,
+    load_tensors,
+    save_tensors,
+    tensor_shapes,
+    write_atomically,
+)
 from amedlib.metrics import Moments
 from amedlib.study.run import BLOCKS, Result, Run, flat, short_hash
+from amedlib.trained import load_predictor
 
 # Shipped ones in a clone; where the library was installed, a folder of the user's own.
 RESULTS = Path("amed_results").absolute() if INSTALLED else DATA / "results"
 
 
-def _folder(results_dir, run: Run) -> Path:
-    return Path(results_dir) / run.dataset
+def _folder(results_dir, run: Run, dataset: str | None = None) -> Path:
+    require(isinstance(run, Run), "run", run, "an amedlib.Run")
+    return checks.path("results_dir", results_dir) / (dataset or run.dataset)
 
 
 def result_path(run: Run, results_dir=RESULTS) -> Path:
@@ -36,7 +48,7 @@ def result_path(run: Run, results_dir=RESULTS) -> Path:
 
 def predictor_path(run: Run, results_dir=RESULTS) -> Path:
     """Where the predictor of a Run is kept; Runs of one training share it."""
-    folder = Path(results_dir) / run.trained_on / "predictors"
+    folder = _folder(results_dir, run, run.trained_on) / "predictors"
     return folder / f"{short_hash(flat(run.training))}.safetensors"
 
 
@@ -78,16 +90,47 @@ def load_result(run: Run, results_dir=RESULTS) -> Result | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, TypeError, KeyError) as error:
-        aside = path.with_suffix(".corrupt")
-        check_writable(path.parent)
-        os.replace(path, aside)
-        warnings.warn(
-            f"The result file {path} cannot be used ({error}); it was set aside as {aside.name} "
-            "and is computed again.",
-            stacklevel=2,
-        )
+        _set_aside(path, error)
         return None
     return result
+
+
+def _set_aside(path: Path, error: Exception) -> None:
+    aside = path.with_suffix(".corrupt")
+    check_writable(path.parent, "results_dir")
+    with suppress(FileNotFoundError):  # another study may have done it
+        os.replace(path, aside)
+    warnings.warn(
+        f"The file {path} cannot be used ({error}); it was set aside as {aside.name} and is made "
+        "again.",
+        stacklevel=3,
+    )
+
+
+def is_whole_predictor(path: Path) -> bool:
+    """Whether the file of a predictor is there; one that cannot be read is set aside."""
+    return _is_whole(path, load_predictor)
+
+
+def is_whole_solution(path: Path) -> bool:
+    """Whether the file of a solution is there; one that cannot be read is set aside."""
+    return _is_whole(path, _check_solution)
+
+
+def _check_solution(path: Path) -> None:
+    if list(tensor_shapes(path)) != ["x"]:
+        raise Damaged("it holds no solution")
+
+
+def _is_whole(path: Path, read: Callable) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        read(path)
+    except Damaged as error:
+        _set_aside(path, error)
+        return False
+    return True
 
 
 def save_result(result: Result, results_dir=RESULTS) -> None:
@@ -95,19 +138,6 @@ def save_result(result: Result, results_dir=RESULTS) -> None:
     rows = [f'"{name}": {json.dumps(v, allow_nan=False)}' for name, v in asdict(result).items()]
     text = "{\n" + ",\n".join(rows) + "\n}\n"
     write_atomically(result_path(result.run, results_dir), text.encode())
-
-
-def check_writable(results_dir) -> None:
-    """Raise ``ValueError`` unless files can be made in ``results_dir``."""
-    try:
-        Path(results_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=results_dir):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"results_dir must be a folder that can be written; {str(results_dir)!r} was given "
-            f"({error.strerror})."
-        ) from error
 
 
 def unfinished(path: Path) -> Path:

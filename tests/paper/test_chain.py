@@ -338,7 +338,7 @@ def smaller(monkeypatch, folder):
     for module in (execute, procedures, store, uncertainty):
         monkeypatch.setattr(module, "BLOCKS", 2)
     monkeypatch.setattr(store, "SOLUTION", store.SOLUTION | {"num_steps": 9})
-    load_dataset.cache_clear()
+    loaders._load.cache_clear()
     outside, look_up = [], socket.getaddrinfo
 
     def looked_up(host, *args, **options):
@@ -347,7 +347,7 @@ def smaller(monkeypatch, folder):
 
     monkeypatch.setattr(socket, "getaddrinfo", looked_up)
     yield
-    load_dataset.cache_clear()
+    loaders._load.cache_clear()
     assert not outside
 
 
@@ -560,7 +560,7 @@ def test_from_files_to_numbers(name, publish, server, tmp_path, monkeypatch):
     needed += [VGG] * (entry.training.get("loss") == "lpips")
     before = Counter(server.sent)
     assert all(before[path] == 1 for path in addresses(needed))
-    load_dataset.cache_clear()
+    loaders._load.cache_clear()
     second = load_dataset(name, "cpu")
     assert second.denoiser is not data.denoiser and second.fingerprint == data.fingerprint
     if "fd" in entry.metrics and name not in TWINS:

@@ -177,6 +177,6 @@ def moments_from_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, list[Mom
     for name in (key.removesuffix("/count") for key in tensors if key.endswith("/count")):
         count, total, outer = (tensors[f"{name}/{field}"].numpy() for field in _FIELDS)
         blocks[name] = [
-            Moments(int(n), *sums) for n, *sums in zip(count, total, outer, strict=True)
+            Moments.from_sums(int(n), *sums) for n, *sums in zip(count, total, outer, strict=True)
         ]
     return blocks

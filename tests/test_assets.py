@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections import deque
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_denoisers_adm import TINY, reference
+from test_pickles import SONG, mark, small_network, write  # noqa: F401
 
 from amedlib.datasets import entries, files, loaders
 from amedlib.datasets.files import ASSETS, DATA, Asset, fetch, load
@@ -786,22 +788,54 @@ def test_what_the_loader_cannot_read_is_not_pinned(cache, asset):
     assert not (cache / "checksums.lock").exists()
 
 
-def test_a_checkpoint_of_another_network_is_not_pinned(cache, monkeypatch):
-    small = {"img_resolution": 4, "model_channels": 32, "channel_mult": (1,), "num_blocks": 1}
-    monkeypatch.setattr(adm, "_LSUN", adm._LSUN | small | {"attn_resolutions": ()})
-    files_of = {}
-    for name, state in (
-        ("right", adm.cm_network().model.state_dict()),
-        ("other", {"weight": torch.zeros(3)}),
-    ):
+@pytest.fixture
+def published(request, monkeypatch):
+    """The networks of three data sets in small, as their publishers' files have them."""
+    least = TINY | {"img_resolution": 4, "attn_resolutions": (2,)}
+    monkeypatch.setattr(adm, "_LSUN", adm._LSUN | least)
+    monkeypatch.setattr(adm, "_IMAGENET", adm._IMAGENET | least | {"label_dim": 5})
+    monkeypatch.setattr(adm, "_CLASSIFIER", adm._CLASSIFIER | least | {"label_dim": 5})
+
+    def saved(state):
         file = io.BytesIO()
-        torch.save(dict(state), file)
-        files_of[name] = file.getvalue()
-    with serving(files_of["other"]) as server:
-        asset = replace(ASSETS["edm_cat256_ema.pt"], urls=(server.url,))
+        torch.save(state, file)
+        return file.getvalue()
+
+    write_pickle = request.getfixturevalue("write")
+    edm = write_pickle(small_network("EDMPrecond", SONG), SONG).read_bytes()
+    consistency = saved(reference(least, scale_shift=False, order="qkv", dims=2)[1])
+    diffusion = saved(reference(least, out=6, classes=5)[1])
+    classifier = saved(reference(least, out=5, pools=True)[1])
+    contents = {"afhqv2": [edm], "lsun_cat": [consistency], "imagenet256": [diffusion, classifier]}
+    # what can be read, but is another network
+    other = {"afhqv2": consistency, "lsun_cat": classifier, "imagenet256": consistency}
+    return contents, other
+
+
+@pytest.mark.parametrize("name", ["afhqv2", "lsun_cat", "imagenet256"])
+def test_checkpoints_are_pinned_once_their_network_is_made(cache, monkeypatch, published, name):
+    contents, other = published
+    assets = entries.DATASETS[name].assets[: len(contents[name])]
+    lock = cache / "checksums.lock"
+    with serving(other[name]) as server:
+        for asset in assets:
+            monkeypatch.setitem(ASSETS, asset, replace(ASSETS[asset], urls=(server.url,)))
         with pytest.raises(ValueError, match="it cannot be read: "):
-            fetch(asset, progress=False)
-    assert not (cache / "checksums.lock").exists()
+            loaders.load_dataset.__wrapped__(name)
+        assert not lock.exists()
+    with ExitStack() as servers:
+        for asset, content in zip(assets, contents[name], strict=True):
+            url = servers.enter_context(serving(content)).url
+            monkeypatch.setitem(ASSETS, asset, replace(ASSETS[asset], urls=(url,)))
+        data = loaders.load_dataset.__wrapped__(name)
+    assert sorted(line.split()[-1] for line in lock.read_text().splitlines()) == sorted(assets)
+    assert data.fingerprint == files.fingerprint(assets)
+    again = loaders.load_dataset.__wrapped__(name)  # no server: they are there
+    x, t = torch.ones(2, 3, 4, 4), torch.tensor(1.0)
+    if name == "afhqv2":
+        x = torch.ones(2, SONG["img_channels"], 8, 8)
+    labels = data.labels and data.labels(range(2))
+    assert torch.equal(data.denoiser(x, t, labels), again.denoiser(x, t, labels))
 
 
 def test_what_can_be_read_is_pinned_and_loaded(cache):

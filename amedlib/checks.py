@@ -1,8 +1,10 @@
 """Bad input gets one sentence: the argument, what was given, what is allowed."""
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
+from pathlib import Path
 
 
 def short(given) -> str:
@@ -64,6 +66,23 @@ def whole(name: str, given, low: int, high: int, allowed: str | None = None) -> 
     return int(given)
 
 
+def different(name: str, given) -> list:
+    """``given`` as a list: what is listed twice would count as two.
+
+    Raises:
+        ValueError: it is no list, or one that is empty or has an entry twice.
+    """
+    given = plain(given)
+    listed = isinstance(given, list | tuple | range) and len(given) > 0
+    require(
+        listed and all(list(given).count(each) == 1 for each in given),
+        name,
+        given,
+        "a list of different entries, at least one",
+    )
+    return list(given)
+
+
 def flag(name: str, given) -> bool:
     """``given`` as a bool.
 
@@ -72,6 +91,17 @@ def flag(name: str, given) -> bool:
     """
     require(type(given).__name__ in ("bool", "bool_"), name, given, "True or False")
     return bool(given)
+
+
+def path(name: str, given) -> Path:
+    """``given`` as a Path; ``~`` is the user's home.
+
+    Raises:
+        ValueError: it names no place in a file system.
+    """
+    named = isinstance(given, str | os.PathLike) and str(given) != ""
+    require(named, name, given, "a path, as a string or a pathlib.Path")
+    return Path(given).expanduser()
 
 
 def plain(value):

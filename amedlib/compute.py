@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from threadpoolctl import threadpool_limits
 
-from amedlib.checks import one_of
+from amedlib.checks import one_of, require
 
 
 def halved(size: int, what: str, error: Exception) -> int:
@@ -68,9 +68,21 @@ def in_batches(seeds: list[int], batch: int, work: Callable) -> Iterator:
         first += len(part)
 
 
-def best_device(device: str | None) -> str:
-    """The device that is asked for; with ``None`` the GPU, if there is one."""
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+def best_device(device: str | torch.device | None) -> str:
+    """The device that is asked for; with ``None`` the GPU, if there is one.
+
+    Raises:
+        ValueError: there is no such device, or none that knows float64.
+    """
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        require(isinstance(device, str | torch.device), "device", device, "a name")
+        torch.empty(0, dtype=torch.float64, device=device)
+    except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError):
+        found = ["'cpu'", *(f"'cuda:{i}'" for i in range(torch.cuda.device_count()))]
+        require(False, "device", device, f"one that is here: {', '.join(found)}")
+    return str(device)
 
 
 @contextmanager

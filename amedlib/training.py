@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.autograd.forward_ad as fwad
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from amedlib.checks import require
 from amedlib.compute import halved, in_precision

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 from threadpoolctl import threadpool_limits
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from amedlib.checks import require
 from amedlib.compute import best_device, one_thread

@@ -66,6 +66,23 @@ def whole(name: str, given, low: int, high: int, allowed: str | None = None) -> 
     return int(given)
 
 
+def different(name: str, given) -> list:
+    """``given`` as a list: what is listed twice would count as two.
+
+    Raises:
+        ValueError: it is no list, or one that is empty or has an entry twice.
+    """
+    given = plain(given)
+    listed = isinstance(given, list | tuple | range) and len(given) > 0
+    require(
+        listed and all(list(given).count(each) == 1 for each in given),
+        name,
+        given,
+        "a list of different entries, at least one",
+    )
+    return list(given)
+
+
 def flag(name: str, given) -> bool:
     """``given`` as a bool.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.autograd.forward_ad as fwad
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from amedlib import checks
 from amedlib.checks import require

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from amedlib.files import write_atomically
 from amedlib.study.store import RESULTS

@@ -419,6 +419,16 @@ def test_other_seeds_of_a_training_count_where_they_are_stored(tmp_path):
     assert [r.value for r in results] == [4.0, 5.0, 6.0]
 
 
+def test_a_result_that_a_table_has_twice_counts_once(tmp_path):
+    planned = plans.table2(names=["AMED-Plugin", "iPNDM"], nfes=[5])
+    rows = [result(row.run, 4.0 + 0.1 * i) for i, row in enumerate(planned.itertuples())]
+    once = planned.assign(result=rows)
+    judged = claims.judge("table2", once, tmp_path)
+    assert len(judged) and claims.judge("table2", plans.concat([once, once]), tmp_path).equals(
+        judged
+    )
+
+
 # --- judged ---------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -67,8 +68,17 @@ def test_the_whole_study_has_no_run_twice():
     "arguments, message",
     [
         ({"schedule": "linear"}, "schedule must be one of"),
-        ({"nfes": []}, "nfes must be a list that is not empty"),
-        ({"nfes": [4]}, "nfe must be one that this method can have with AFS"),
+        ({"nfes": []}, "nfes must be a list of different entries, at least one"),
+        ({"nfes": [5, 5]}, "nfes must be a list of different entries"),
+        ({"nfes": 5}, "nfes must be a list of different entries"),
+        ({"nfes": "5"}, "nfes must be a list of different entries"),
+        ({"nfes": ["5"]}, "nfe must be a whole number from 1 to 1,000; '5' was given"),
+        ({"nfes": [5.5]}, "nfe must be a whole number"),
+        ({"seeds": [0, 0, 0]}, r"seeds must be a list of different entries.*\[0, 0, 0\] was given"),
+        ({"seeds": []}, "seeds must be a list of different entries"),
+        ({"seeds": 0}, "seeds must be a list of different entries"),
+        ({"names": ["DDIM", "DDIM"]}, "names must be a list of different entries"),
+        ({"dataset": "imagenet256", "nfes": [5]}, "nfe must be one that this .* without AFS"),
         ({"names": ["Euler"]}, "method must be one of"),
         ({"n_samples": -1}, "samples must be a whole number"),
         ({"dataset": "cats"}, "dataset must be one of"),
@@ -77,6 +87,60 @@ def test_the_whole_study_has_no_run_twice():
 def test_bad_plans_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         plans.table2(**({"dataset": "digits"} | arguments))
+
+
+@pytest.mark.parametrize("twice", [{"seeds": [0, 0]}, {"nfes": [5, 5]}])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        *(partial(plans.table, number) for number in (3, 4, 5, 6, 7, 8, 9)),
+        partial(plans.beyond, "objective"),
+        plans.figure7,
+        plans.figure8,
+        plans.release,
+    ],
+)
+def test_every_plan_refuses_what_is_listed_twice(plan, twice):
+    (name,) = twice
+    with pytest.raises(ValueError, match=f"{name} must be a list of different entries"):
+        plan(**twice)
+
+
+@pytest.mark.parametrize(
+    "plan", [plans.table1, plans.plugin, plans.headline, partial(plans.figure8, nfes=[3])]
+)
+def test_plans_without_a_list_of_nfe_refuse_seeds_twice(plan):
+    with pytest.raises(ValueError, match="seeds must be a list of different entries"):
+        plan(seeds=[1, 0, 1])
+    with pytest.raises(ValueError, match="nfes must be a list of different entries"):
+        plans.centring(nfes=[3, 3])
+
+
+def test_lists_may_be_arrays():
+    as_arrays = plans.table2(nfes=np.array([3, 5]), seeds=np.arange(2))
+    assert as_arrays.equals(plans.table2(nfes=[3, 5], seeds=range(2)))
+
+
+def test_at_even_nfe_table_2_runs_without_afs():
+    with_afs = {"DPM-Solver-2", "EDM", "AMED-Solver", "AMED-Plugin"}
+    planned = plans.table2(nfes=[4, 5], seeds=[0])
+    assert set(planned[planned["afs"]]["method"]) == with_afs
+    for row in planned.itertuples():
+        assert row.afs == row.run.afs == (row.nfe == 5 and row.method in with_afs)
+        assert row.run.nfe == row.nfe
+    # They are the paper's rows without AFS, as Table 9 has them at even NFE.
+    printed = plans.table(9, nfes=[4], seeds=[0]).query("not afs")
+    for method, amed in (("DPM-Solver-2", False), ("iPNDM", True)):
+        (theirs,) = printed.query("method == @method and amed == @amed")["run"]
+        ours = planned[planned["method"] == ("AMED-Plugin" if amed else method)]
+        assert theirs in ours[ours["nfe"] == 4]["run"].tolist()
+    text = page.without_afs(planned)
+    assert text == (
+        " At NFE 4 without AFS, with which their NFE is odd: DPM-Solver-2, EDM, AMED-Solver, "
+        "AMED-Plugin."
+    )
+    assert page.without_afs(planned.query("nfe == 5")) == ""
+    assert page.without_afs(plans.table2("imagenet256", seeds=[0])) == ""  # none has it there
 
 
 def made_up_table(ours, theirs, noise):

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from faulty import toy_dataset
@@ -17,7 +18,7 @@ from amedlib.study import execute, procedures, store
 from amedlib.study.execute import run
 from amedlib.study.run import BLOCKS, Result, Run
 from amedlib.study.store import load_result, predictor_path, result_path
-from amedlib.study.uncertainty import difference, estimate
+from amedlib.study.uncertainty import difference, estimate, estimates, mean_curve
 
 
 class Counting:
@@ -309,6 +310,23 @@ def test_different_sample_counts_are_never_compared():
     c = made_up(1.0, range(10), first_seed=1)
     with pytest.raises(ValueError, match="the same for a paired difference"):
         difference([a], [c])
+
+
+def test_a_training_that_is_given_twice_is_refused():
+    results = [made_up(10.0 + seed, [10.0 + seed] * BLOCKS, seed) for seed in (0, 1)]
+    assert estimate(results).seeds == 2
+    plain = made_up(9.0, [9.0] * BLOCKS)
+    for call in (
+        lambda: estimate([results[0]] * 3),
+        lambda: estimate([*results, results[0]]),
+        lambda: estimate([plain, plain]),
+        lambda: difference(results, [plain, plain]),
+        lambda: difference([*results, results[1]], [plain]),
+        lambda: mean_curve([results[0]] * 2, "rms"),
+        lambda: estimates(pd.DataFrame({"method": "a", "nfe": 4, "result": [results[0]] * 2})),
+    ):
+        with pytest.raises(ValueError, match="training seeds must be different, each given once"):
+            call()
 
 
 def test_a_part_of_a_result_that_is_gone_comes_again(toy, tmp_path):

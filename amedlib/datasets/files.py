@@ -22,7 +22,7 @@ from itertools import chain
 from pathlib import Path
 
 from filelock import FileLock
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from amedlib.checks import of_the_study, require
 from amedlib.datasets.checkpoints import edm_network, load_pt

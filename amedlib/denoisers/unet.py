@@ -28,11 +28,23 @@ from amedlib.denoisers.layers import (
 
 
 class _UNet(nn.Module):
-    """What the two architectures share: checks, label dropout, and a decoder that takes skips."""
+    """What the two architectures share: checks, the blocks, and a decoder that takes skips.
 
-    def __init__(self, img_resolution, channel_mult, dropout, label_dropout, **integers):
+    A class says how its layers start (``init``, ``init_zero``), what else its blocks are made with
+    (``blocks``), and whether in the decoder only the last block of a resolution attends.
+    """
+
+    init: dict
+    init_zero: dict
+    blocks: dict
+    last_attends: bool
+
+    def __init__(
+        self, img_resolution, channel_mult, dropout, label_dropout, model_channels, **integers
+    ):
         super().__init__()
         least = {"label_dim": 0, "augment_dim": 0, "model_channels": 4}
+        integers = {"model_channels": model_channels, **integers}
         for name, value in {"img_resolution": img_resolution, **integers}.items():
             low = least.get(name, 1)
             require(isinstance(value, int) and value >= low, name, value, f"an integer >= {low}")
@@ -53,6 +65,50 @@ class _UNet(nn.Module):
             require(0 <= value < 1, name, value, "in [0, 1)")
         self.label_dropout = label_dropout
         self.bottleneck_size = (img_resolution // factor, img_resolution // factor)
+        # resolution to channels, from the image's on
+        self.channels = {
+            img_resolution >> n: model_channels * m for n, m in enumerate(channel_mult)
+        }
+
+    def _add_blocks(self, in_channels, first, num_blocks, attn_resolutions, **options):
+        """Encoder and decoder, in the order of EDM; ``first`` channels leave the first layer."""
+
+        def block(cin, cout, **more):
+            return UNetBlock(cin, cout, **self.blocks, **options, **more)
+
+        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
+        cout, skips = first, [first]
+        for res, channels in self.channels.items():
+            if res == max(self.channels):
+                self.enc[f"{res}x{res}_conv"] = Conv2d(in_channels, cout, 3, **self.init)
+            else:
+                self.enc[f"{res}x{res}_down"] = block(cout, cout, down=True)
+                skips.append(cout)
+                self._add_encoder_aux(res)
+            for i in range(num_blocks):
+                attention = res in attn_resolutions
+                self.enc[f"{res}x{res}_block{i}"] = block(cout, channels, attention=attention)
+                cout = channels
+                skips.append(cout)
+
+        for res, channels in reversed(self.channels.items()):
+            if res == self.bottleneck_size[0]:
+                self.dec[f"{res}x{res}_in0"] = block(cout, cout, attention=True)
+                self.dec[f"{res}x{res}_in1"] = block(cout, cout)
+            else:
+                self.dec[f"{res}x{res}_up"] = block(cout, cout, up=True)
+            for i in range(num_blocks + 1):
+                attends = i == num_blocks or not self.last_attends
+                attention = attends and res in attn_resolutions
+                cin, cout = cout + skips.pop(), channels
+                self.dec[f"{res}x{res}_block{i}"] = block(cin, cout, attention=attention)
+            self._add_decoder_aux(res)
+
+    def _add_encoder_aux(self, res):
+        """The layers that an architecture has beside the blocks, at a lower resolution."""
+
+    def _add_decoder_aux(self, res):
+        """The same in the decoder, at every resolution."""
 
     def _dropped(self, labels):
         """Labels [B, label_dim], in training a random part of them set to zero ("no label")."""
@@ -74,6 +130,20 @@ class SongUNet(_UNet):
     Arguments as in EDM. ``forward`` takes the scaled image, c_noise [B or 1] and labels, and
     returns the raw output and the bottleneck.
     """
+
+    init = {"init_mode": "xavier_uniform"}
+    init_zero = init | {"init_weight": 1e-5}
+    blocks = {
+        "init": init,
+        "init_zero": init_zero,
+        "init_attn": init | {"init_weight": math.sqrt(0.2)},
+        "heads": 1,
+        "skip_scale": math.sqrt(0.5),
+        "eps": 1e-6,
+        "resample_proj": True,
+        "adaptive_scale": False,
+    }
+    last_attends = True
 
     def __init__(
         self,
@@ -103,91 +173,55 @@ class SongUNet(_UNet):
             channel_mult,
             dropout,
             label_dropout,
+            model_channels,
             img_channels=in_channels,
             label_dim=label_dim,
             augment_dim=augment_dim,
-            model_channels=model_channels,
             channel_mult_emb=channel_mult_emb,
             num_blocks=num_blocks,
             channel_mult_noise=channel_mult_noise,
         )
-        emb_channels = model_channels * channel_mult_emb
-        noise_channels = model_channels * channel_mult_noise
-        init = {"init_mode": "xavier_uniform"}
-        init_zero = {"init_mode": "xavier_uniform", "init_weight": 1e-5}
-        init_attn = {"init_mode": "xavier_uniform", "init_weight": math.sqrt(0.2)}
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.encoder_type, self.decoder_type = encoder_type, decoder_type
+        self.resample = {"resample_filter": resample_filter, **self.init}
+        emb, noise = model_channels * channel_mult_emb, model_channels * channel_mult_noise
+        self._add_embedding(embedding_type, noise, emb, label_dim, augment_dim)
+        blocks = in_channels, model_channels, num_blocks, attn_resolutions
+        options = {"dropout": dropout, "resample_filter": resample_filter}
+        self._add_blocks(*blocks, emb_channels=emb, **options)
 
-        def block(cin, cout, **options):
-            return UNetBlock(
-                cin,
-                cout,
-                emb_channels,
-                init,
-                init_zero,
-                init_attn,
-                heads=1,
-                dropout=dropout,
-                skip_scale=math.sqrt(0.5),
-                eps=1e-6,
-                resample_filter=resample_filter,
-                resample_proj=True,
-                adaptive_scale=False,
-                **options,
-            )
-
+    def _add_embedding(self, embedding_type, noise_channels, emb_channels, label_dim, augment_dim):
         if embedding_type == "positional":
             self.map_noise = PositionalEmbedding(noise_channels, endpoint=True)
         else:
             self.map_noise = FourierEmbedding(noise_channels)
-        self.map_label = Linear(label_dim, noise_channels, **init) if label_dim else None
+        self.map_label = Linear(label_dim, noise_channels, **self.init) if label_dim else None
         self.map_augment = None
         if augment_dim:
-            self.map_augment = Linear(augment_dim, noise_channels, bias=False, **init)
-        self.map_layer0 = Linear(noise_channels, emb_channels, **init)
-        self.map_layer1 = Linear(emb_channels, emb_channels, **init)
+            self.map_augment = Linear(augment_dim, noise_channels, bias=False, **self.init)
+        self.map_layer0 = Linear(noise_channels, emb_channels, **self.init)
+        self.map_layer1 = Linear(emb_channels, emb_channels, **self.init)
 
-        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
-        levels = [(img_resolution >> level, mult) for level, mult in enumerate(channel_mult)]
-        resample = {"resample_filter": resample_filter, **init}
-        cout, caux, skips = model_channels, in_channels, [model_channels]
-        for res, mult in levels:
-            if res == img_resolution:
-                self.enc[f"{res}x{res}_conv"] = Conv2d(in_channels, cout, 3, **init)
-            else:
-                self.enc[f"{res}x{res}_down"] = block(cout, cout, down=True)
-                skips.append(cout)
-                if encoder_type == "skip":
-                    self.enc[f"{res}x{res}_aux_down"] = Conv2d(caux, caux, 0, down=True, **resample)
-                    self.enc[f"{res}x{res}_aux_skip"] = Conv2d(caux, cout, 1, **init)
-                elif encoder_type == "residual":
-                    self.enc[f"{res}x{res}_aux_residual"] = Conv2d(
-                        caux, cout, 3, down=True, filter_last=True, **resample
-                    )
-                    caux = cout
-            for i in range(num_blocks):
-                cin, cout = cout, model_channels * mult
-                attention = res in attn_resolutions
-                self.enc[f"{res}x{res}_block{i}"] = block(cin, cout, attention=attention)
-                skips.append(cout)
+    def _add_encoder_aux(self, res):
+        cout, name = self.channels[2 * res], f"{res}x{res}_aux"
+        if self.encoder_type == "skip":
+            size = self.in_channels, self.in_channels
+            self.enc[f"{name}_down"] = Conv2d(*size, 0, down=True, **self.resample)
+            self.enc[f"{name}_skip"] = Conv2d(self.in_channels, cout, 1, **self.init)
+        elif self.encoder_type == "residual":
+            cin = self.channels.get(4 * res, self.in_channels)  # the image, then what was added to
+            options = {"down": True, "filter_last": True, **self.resample}
+            self.enc[f"{name}_residual"] = Conv2d(cin, cout, 3, **options)
 
-        for res, mult in reversed(levels):
-            lowest = res == self.bottleneck_size[0]
-            if lowest:
-                self.dec[f"{res}x{res}_in0"] = block(cout, cout, attention=True)
-                self.dec[f"{res}x{res}_in1"] = block(cout, cout)
-            else:
-                self.dec[f"{res}x{res}_up"] = block(cout, cout, up=True)
-            for i in range(num_blocks + 1):
-                cin, cout = cout + skips.pop(), model_channels * mult
-                attention = i == num_blocks and res in attn_resolutions
-                self.dec[f"{res}x{res}_block{i}"] = block(cin, cout, attention=attention)
-            if decoder_type == "skip" or res == img_resolution:
-                if decoder_type == "skip" and not lowest:
-                    self.dec[f"{res}x{res}_aux_up"] = Conv2d(
-                        out_channels, out_channels, 0, up=True, **resample
-                    )
-                self.dec[f"{res}x{res}_aux_norm"] = GroupNorm(cout, eps=1e-6)
-                self.dec[f"{res}x{res}_aux_conv"] = Conv2d(cout, out_channels, 3, **init_zero)
+    def _add_decoder_aux(self, res):
+        skip, name = self.decoder_type == "skip", f"{res}x{res}_aux"
+        size = self.out_channels, self.out_channels
+        if skip and res != self.bottleneck_size[0]:
+            self.dec[f"{name}_up"] = Conv2d(*size, 0, up=True, **self.resample)
+        if skip or res == max(self.channels):
+            cout = self.channels[res]
+            self.dec[f"{name}_norm"] = GroupNorm(cout, eps=1e-6)
+            self.dec[f"{name}_conv"] = Conv2d(cout, self.out_channels, 3, **self.init_zero)
 
     def forward(self, x, noise_labels, labels=None, augment_labels=None):
         cos, sin = self.map_noise(noise_labels).chunk(2, dim=1)
@@ -233,6 +267,11 @@ class DhariwalUNet(_UNet):
     ``middle_bottleneck`` the bottleneck is taken behind the two blocks between encoder and decoder.
     """
 
+    init_zero = {"init_mode": "kaiming_uniform", "init_weight": 0.0, "init_bias": 0.0}
+    init = init_zero | dict.fromkeys(("init_weight", "init_bias"), math.sqrt(1 / 3))
+    blocks = {"init": init, "init_zero": init_zero, "init_attn": init}
+    last_attends = False
+
     def __init__(
         self,
         img_resolution,
@@ -255,64 +294,33 @@ class DhariwalUNet(_UNet):
             channel_mult,
             dropout,
             label_dropout,
+            model_channels,
             img_channels=in_channels,
             label_dim=label_dim,
             augment_dim=augment_dim,
-            model_channels=model_channels,
             channel_mult_emb=channel_mult_emb,
             num_blocks=num_blocks,
         )
-        emb_channels = model_channels * channel_mult_emb
-        third = math.sqrt(1 / 3)
-        init = {"init_mode": "kaiming_uniform", "init_weight": third, "init_bias": third}
-        init_zero = {"init_mode": "kaiming_uniform", "init_weight": 0.0, "init_bias": 0.0}
-
-        def block(cin, cout, **options):
-            options |= {"dropout": dropout, "adaptive_scale": adaptive_scale}
-            return UNetBlock(cin, cout, emb_channels, init, init_zero, init, **options)
-
         self.middle_bottleneck = middle_bottleneck
+        emb, cout = model_channels * channel_mult_emb, self.channels[img_resolution]
+        self._add_embedding(model_channels, emb, label_dim, augment_dim)
+        blocks = in_channels, cout, num_blocks, attn_resolutions
+        options = {"dropout": dropout, "adaptive_scale": adaptive_scale}
+        self._add_blocks(*blocks, emb_channels=emb, **options)
+        self.out_norm = GroupNorm(cout)
+        self.out_conv = Conv2d(cout, out_channels, 3, **self.init_zero)
 
-        self.map_noise = PositionalEmbedding(model_channels, endpoint=False)
+    def _add_embedding(self, noise_channels, emb_channels, label_dim, augment_dim):
+        self.map_noise = PositionalEmbedding(noise_channels, endpoint=False)
         self.map_augment = None
         if augment_dim:
-            self.map_augment = Linear(augment_dim, model_channels, bias=False, **init_zero)
-        self.map_layer0 = Linear(model_channels, emb_channels, **init)
-        self.map_layer1 = Linear(emb_channels, emb_channels, **init)
+            self.map_augment = Linear(augment_dim, noise_channels, bias=False, **self.init_zero)
+        self.map_layer0 = Linear(noise_channels, emb_channels, **self.init)
+        self.map_layer1 = Linear(emb_channels, emb_channels, **self.init)
         self.map_label = None
         if label_dim:
-            self.map_label = Linear(
-                label_dim, emb_channels, bias=False, init_weight=math.sqrt(label_dim)
-            )
-
-        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
-        levels = [(img_resolution >> level, mult) for level, mult in enumerate(channel_mult)]
-        cout = model_channels * channel_mult[0]
-        skips = [cout]
-        for res, mult in levels:
-            if res == img_resolution:
-                self.enc[f"{res}x{res}_conv"] = Conv2d(in_channels, cout, 3, **init)
-            else:
-                self.enc[f"{res}x{res}_down"] = block(cout, cout, down=True)
-                skips.append(cout)
-            for i in range(num_blocks):
-                cin, cout = cout, model_channels * mult
-                attention = res in attn_resolutions
-                self.enc[f"{res}x{res}_block{i}"] = block(cin, cout, attention=attention)
-                skips.append(cout)
-
-        for res, mult in reversed(levels):
-            if res == self.bottleneck_size[0]:
-                self.dec[f"{res}x{res}_in0"] = block(cout, cout, attention=True)
-                self.dec[f"{res}x{res}_in1"] = block(cout, cout)
-            else:
-                self.dec[f"{res}x{res}_up"] = block(cout, cout, up=True)
-            for i in range(num_blocks + 1):
-                cin, cout = cout + skips.pop(), model_channels * mult
-                attention = res in attn_resolutions
-                self.dec[f"{res}x{res}_block{i}"] = block(cin, cout, attention=attention)
-        self.out_norm = GroupNorm(cout)
-        self.out_conv = Conv2d(cout, out_channels, 3, **init_zero)
+            weight = math.sqrt(label_dim)
+            self.map_label = Linear(label_dim, emb_channels, bias=False, init_weight=weight)
 
     def forward(self, x, noise_labels, labels=None, augment_labels=None):
         emb = self.map_noise(noise_labels)

@@ -145,12 +145,14 @@ def _names(cells: pd.DataFrame) -> list[str]:
 def _cells(measured: pd.DataFrame, results_dir) -> pd.DataFrame:
     """A row per cell of a table: its columns, name, results over training seeds, mean value.
 
-    Where a table is run with one seed, but others are in the store for another table, all count.
+    Where a table is run with one seed, but others are in the store for another table, all count. A
+    result that the table has twice counts once.
     """
     keys = [name for name in measured if name not in ("run", "result", "paper")]
     rows = []
     for key, group in measured.groupby(keys, sort=False, dropna=False):
-        results = [result for result in group["result"] if result is not None]
+        found = (result for result in group["result"] if result is not None)
+        results = list({result.run.key: result for result in found}.values())
         if len(results) == 1 and results[0].run.predictor is not None:
             what = results[0].run
             seeds = [what.predictor | {"seed": n} for n in plans.SEEDS]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from graphlib import TopologicalSorter
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from amedlib.checks import require
 

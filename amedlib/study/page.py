@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -12,11 +13,14 @@ from IPython.display import HTML, Markdown, display
 from matplotlib.figure import Figure
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
+from amedlib.checks import require
 from amedlib.datasets.entries import Entry, describe
 from amedlib.study import plans
 from amedlib.study.execute import run
+from amedlib.study.parameters import check
 from amedlib.study.published import ROWS, published, row_names
-from amedlib.study.store import RESULTS
+from amedlib.study.run import Result, Run
+from amedlib.study.store import load_result
 from amedlib.study.uncertainty import (
     against_baseline,
     estimates,
@@ -47,18 +51,24 @@ def use_style() -> None:
     )
 
 
-def begin(dataset: str, results_dir=None, device=None, cluster=None) -> tuple[Entry, dict]:
-    """What most pages begin with: the style, the data set's entry, and where and how it is run.
+def begin(
+    namespace: dict, parameters: str, metrics: Sequence[str] = ()
+) -> tuple[Entry | None, dict]:
+    """What every page begins with: the style, and a check of the notebook's parameters.
 
-    Args:
-        results_dir: ``None``: data/results of this clone.
+    Arguments and errors as of ``parameters.check``.
 
     Returns:
-        The entry, and the arguments for ``execute.measure``.
+        The entry of the data set, where one is named, and those of the parameters that say where
+        and how it is run, for ``execute.measure`` or ``pictures.draw_all``.
     """
     use_style()
-    how = {"results_dir": results_dir or RESULTS, "device": device, "cluster": cluster}
-    return describe(dataset), how
+    check(namespace, parameters, metrics)
+    names = [name.rstrip("?") for name in parameters.split()]
+    where = ("results_dir", "device", "cluster", "train")
+    how = {name: namespace[name] for name in where if name in names}
+    dataset = namespace["dataset"] if "dataset" in names else None
+    return None if dataset is None else describe(dataset), how
 
 
 def glue(**numbers) -> None:
@@ -135,6 +145,38 @@ def limits(dataset: str, n_samples: int, metric: str = "fd", **how) -> str:
             "it larger, so it does not compare with the table)."
         )
     return text
+
+
+def without_afs(planned: pd.DataFrame) -> str:
+    """A sentence for captions on the rows that have AFS in Table 2, but not at these NFE.
+
+    It begins with a space, to end a caption; it is empty where there are none.
+
+    Args:
+        planned: columns method, nfe, run.
+    """
+    rows = [
+        row
+        for row in planned.itertuples()
+        if plans.METHODS[row.method].afs and describe(row.run.dataset).afs and not row.run.afs
+    ]
+    if not rows:
+        return ""
+    nfes = ", ".join(map(str, sorted({row.nfe for row in rows})))
+    names = ", ".join(dict.fromkeys(row.method for row in rows))
+    return f" At NFE {nfes} without AFS, with which their NFE is odd: {names}."
+
+
+def from_store(what: Run, results_dir: Path) -> Result:
+    """A result that a page shows and does not compute.
+
+    Raises:
+        ValueError: the store does not have it.
+    """
+    found = load_result(what, results_dir)
+    allowed = f"a store that has the results of {what.dataset!r}, which this page does not compute"
+    require(found is not None, "results_dir", str(results_dir), allowed)
+    return found
 
 
 def how_they_compare(dataset: str) -> str:

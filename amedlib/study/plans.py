@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from amedlib.checks import one_of, require
-from amedlib.datasets.entries import describe
+from amedlib.checks import different, one_of, whole
+from amedlib.datasets.entries import DATASETS, describe
 from amedlib.study.published import KEY, published
 from amedlib.study.rows import METHODS, RECIPE, SCHEDULES, SEEDS, Row, methods
 from amedlib.study.run import Run
@@ -45,7 +45,7 @@ def _runs(dataset, method: Row, nfe, seeds, n_samples, metric, **predictor) -> l
     learned = RECIPE | describe(dataset).training | method.predictor | predictor
     return [
         _run(dataset, method, nfe, n_samples, metric, **fields, predictor=learned | {"seed": seed})
-        for seed in seeds
+        for seed in different("seeds", seeds)
     ]
 
 
@@ -61,6 +61,9 @@ def table2(
 ) -> pd.DataFrame:
     """The Runs of Table 2: a row per method, NFE and training seed.
 
+    With AFS the methods that make two evaluations per step have odd NFE; at even ones, which the
+    paper's other tables have without AFS, they run without.
+
     Args:
         names: of methods.
         nfes, n_samples: those of the paper's tables on this data set unless given.
@@ -71,23 +74,23 @@ def table2(
         Columns ``KEY`` and ``run``.
 
     Raises:
-        ValueError: an argument is outside its range, or a method cannot have an NFE.
+        ValueError: an argument is outside its range, something is listed twice, or a method cannot
+            have an NFE.
     """
     one_of("schedule", schedule, (None, *SCHEDULES))
-    nfes = describe(dataset).nfes if nfes is None else nfes
-    for given, values in (("nfes", nfes), ("seeds", seeds)):
-        listed = isinstance(values, list | tuple | range) and len(values) > 0
-        require(listed, given, values, "a list that is not empty")
+    nfes = different("nfes", describe(dataset).nfes if nfes is None else nfes)
+    nfes, seeds = [whole("nfe", nfe, 1, 1000) for nfe in nfes], different("seeds", seeds)
     rows = []
-    for name in names:
+    for name in different("names", names):
         one_of("method", name, METHODS)
         method = methods(dataset)[name]
         method = replace(method, schedule=schedule or method.schedule)
-        row = {"method": name, "schedule": method.schedule, "afs": method.afs}
+        row = {"method": name, "schedule": method.schedule}
         row = dict.fromkeys(KEY) | row | {"amed": method.learned}
         for nfe in nfes:
-            for what in _runs(dataset, method, nfe, seeds, n_samples, metric, **predictor):
-                rows.append(row | {"nfe": nfe, "run": what})
+            each = replace(method, afs=method.afs and nfe % 2 == 1)
+            for what in _runs(dataset, each, nfe, seeds, n_samples, metric, **predictor):
+                rows.append(row | {"afs": each.afs, "nfe": nfe, "run": what})
     return pd.DataFrame(rows)
 
 
@@ -154,10 +157,14 @@ def table(
         Columns ``KEY``, ``paper`` (the printed number) and ``run``; a row per training seed.
 
     Raises:
-        ValueError: no such table, or it has no such NFE.
+        ValueError: no such table, it has no such NFE, or something is listed twice.
     """
     rows = published(f"table{number}")
-    rows = rows[rows["unit"] == "FID"]
+    rows, seeds = rows[rows["unit"] == "FID"], different("seeds", seeds)
+    if number == 13:
+        guided = [name for name in DATASETS if f"{name}_guidance_2" in DATASETS]
+        one_of("the data set of Table 13", dataset, guided)
+    nfes = None if nfes is None else different("nfes", nfes)
     for nfe in nfes or []:
         one_of("nfe", nfe, sorted(rows["nfe"].unique().tolist()))
     if number == 8:  # prints DPM-Solver-2 without AFS at odd NFE, which it cannot have
@@ -179,11 +186,13 @@ def figure8(
     dataset: str = "digits", nfes=None, seeds=SEEDS, n_samples=None, metric: str = "fd"
 ) -> pd.DataFrame:
     """Both AMED rows of Table 2 trained with either loss; columns method, nfe, loss, run."""
-    perceptual = "features" if describe(dataset).floor else "lpips"
-    planned = []
+    data = describe(dataset)
+    perceptual = "features" if data.floor else "lpips"
+    printed = [nfe for nfe in data.nfes if nfe <= data.most_nfe]
+    nfes = different("nfes", printed if nfes is None else nfes)
+    seeds, planned = different("seeds", seeds), []
     for name in ("AMED-Solver", "AMED-Plugin"):
-        data = describe(dataset)
-        for nfe in nfes or [n for n in data.nfes if n <= data.most_nfe]:
+        for nfe in nfes:
             for loss in ("l2", perceptual):
                 some = seeds if nfe <= 6 else seeds[:1]
                 each = table2(dataset, [name], [nfe], some, n_samples, metric=metric, loss=loss)
@@ -198,7 +207,7 @@ def table1(dataset: str = "digits", seeds=SEEDS, n_samples: int = 1000) -> pd.Da
     for name in ("DDIM", "EDM", "DPM-Solver-2", "AMED-Solver"):
         method = methods(dataset)[name]
         nfe = (5 if name == "DDIM" else 10) * describe(dataset).evaluations_per_call
-        for seed in seeds if method.learned else [None]:
+        for seed in different("seeds", seeds) if method.learned else [None]:
             learned = training | {"seed": seed} if method.learned else None
             what = _run(dataset, method, nfe, n_samples, "local_error", predictor=learned)
             rows.append({"method": name, "nfe": nfe, "run": what})
@@ -236,17 +245,18 @@ def first_slope(dataset: str = "digits", n_samples: int = 1000) -> pd.DataFrame:
     return pd.DataFrame([{"method": "DDIM", "nfe": nfe, "run": what}])
 
 
-def centring(nfes=(3, 5, 7), n_samples: int = 5000) -> pd.DataFrame:
-    """Solvers with and without AFS, on digits centred or not; columns method, data, nfe, run.
+def centring(dataset: str = "digits", nfes=(3, 5, 7), n_samples: int = 5000) -> pd.DataFrame:
+    """Solvers with and without AFS, on data centred or not; columns method, data, nfe, run.
 
     A two-stage solver's NFE is one less with AFS; a row keeps the number of its time points.
     """
-    rows = []
+    one_of("dataset", dataset, [name for name in DATASETS if f"{name}_uncentred" in DATASETS])
+    rows, nfes = [], different("nfes", nfes)
     for name in ("DDIM", "iPNDM", "DPM-Solver++(3M)"):
         for afs in (False, True):
-            for dataset, label in (("digits", "centred"), ("digits_uncentred", "not centred")):
+            for data, label in ((dataset, "centred"), (f"{dataset}_uncentred", "not centred")):
                 for nfe in nfes:
-                    what = _run(dataset, METHODS[name], nfe, n_samples, afs=afs)
+                    what = _run(data, METHODS[name], nfe, n_samples, afs=afs)
                     method = f"{name}, AFS" if afs else name
                     rows.append({"method": method, "data": label, "nfe": nfe, "run": what})
     return pd.DataFrame(rows)
@@ -298,15 +308,19 @@ def plugin(
     n_samples: int | None = None,
     metric: str = "fd",
 ) -> pd.DataFrame:
-    """iPNDM at one NFE, plain and with AFS, and variants of its plugin; columns variant, run."""
+    """iPNDM at one NFE, plain and with AFS, and variants of its plugin.
+
+    Columns variant, method, nfe, run.
+    """
     plain = METHODS["iPNDM"]
     rows = [
-        {"variant": label, "nfe": nfe, "run": _run(dataset, plain, nfe, n_samples, metric, afs=afs)}
+        {"variant": label, "method": "iPNDM", "nfe": nfe, "run": what}
         for label, afs in (("iPNDM", False), ("iPNDM, AFS", True))
+        for what in [_run(dataset, plain, nfe, n_samples, metric, afs=afs)]
     ]
     for label, (method, changes) in VARIANTS.items():
         each = table2(dataset, [method], [nfe], seeds, n_samples, metric=metric, **changes)
-        rows += [{"variant": label, "nfe": nfe, "run": what} for what in each["run"]]
+        rows += each.assign(variant=label)[["variant", "method", "nfe", "run"]].to_dict("records")
     return pd.DataFrame(rows)
 
 
@@ -421,10 +435,11 @@ def beyond(
     one_of("question", question, QUESTIONS)
     asked = QUESTIONS[question]
     dataset = asked.dataset or dataset
+    nfes = asked.nfes if nfes is None else nfes
     return concat(
-        table2(
-            dataset, [name], nfes or asked.nfes, seeds, n_samples, metric=metric, **fields
-        ).assign(variant=variant)
+        table2(dataset, [name], nfes, seeds, n_samples, metric=metric, **fields).assign(
+            variant=variant
+        )
         for name in asked.names
         for variant, fields in asked.variants.items()
     )

@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from amedlib.checks import require
 from amedlib.study import plans

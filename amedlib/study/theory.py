@@ -82,6 +82,7 @@ def concentration(
     Columns: radius, Eq. 23; mean and sd of ||z_s|| over the simulated samples; thickness, the
     limit r / sqrt(2 d) of the standard deviation of a chi distribution, for large d.
     """
+    require(0 <= s < t, "s", s, f"from 0 to below t = {t:g}")
     radius, rows = shell_radius(s, t, a, b), {}
     for d in dimensions:
         norms = shell_norms(s, t, a, b, d, **how)

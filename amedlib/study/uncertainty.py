@@ -68,8 +68,20 @@ class Estimate:
         return float(2 * stats.t.sf(abs(self.value) / error, self.degrees_of_freedom))
 
 
+def trainings(results: list[Result]) -> list[Result]:
+    """Results that differ in the training seed only.
+
+    Raises:
+        ValueError: a training is among them twice, and would count as two independent ones; or what
+            was not trained is.
+    """
+    seeds = [(result.run.predictor or {}).get("seed") for result in results]
+    require(len(set(seeds)) == len(seeds), "training seeds", seeds, "different, each given once")
+    return results
+
+
 def _combine(groups: list[list[Result]], weights: list[float], noise=None) -> Estimate:
-    everything = [result for group in groups for result in group]
+    everything = [result for group in groups for result in trainings(group)]
     samples = {result.run.samples for result in everything}
     require(
         len(samples) == 1, "the numbers of samples", sorted(samples), "the same, to be compared"
@@ -104,7 +116,11 @@ def _combine(groups: list[list[Result]], weights: list[float], noise=None) -> Es
 
 
 def estimate(results: list[Result], noise=None) -> Estimate:
-    """The mean of results that differ in the training seed only; ``noise`` as in ``difference``."""
+    """The mean of results that differ in the training seed only; ``noise`` as in ``difference``.
+
+    Raises:
+        ValueError: the numbers of samples differ, or a training is given twice.
+    """
     return _combine([results], [1], noise)
 
 
@@ -121,7 +137,7 @@ def difference(
             seeds and the degrees of freedom of that number, from elsewhere; ``None``: not known.
 
     Raises:
-        ValueError: the numbers of samples or the latents differ.
+        ValueError: the numbers of samples or the latents differ, or a training is given twice.
     """
     latents = {(r.run.dataset, r.run.metric, r.run.first_seed) for r in a + b}
     require(
@@ -164,7 +180,7 @@ def against_baseline(measured: pd.DataFrame, baseline: str) -> dict[str, Estimat
 
 def mean_curve(results, name: str) -> dict:
     """The curves of one method's results, with ``name`` averaged over its training seeds."""
-    results = list(results)
+    results = trainings(list(results))
     mean = np.mean([result.curves[name] for result in results], axis=0)
     return results[0].curves | {name: mean.tolist()}
 

@@ -69,7 +69,7 @@ from amedlib.denoisers import adm, latent
 from amedlib.denoisers.unet import DhariwalUNet, SongUNet
 from amedlib.files import load_tensors
 from amedlib.sampling import make_latents
-from amedlib.study import execute, plans, procedures, store, uncertainty
+from amedlib.study import execute, plans, procedures, run, store, uncertainty
 from amedlib.study.store import predictor_path, result_path
 
 SAMPLES = 8

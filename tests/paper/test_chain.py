@@ -69,7 +69,8 @@ from amedlib.denoisers import adm, latent
 from amedlib.denoisers.unet import DhariwalUNet, SongUNet
 from amedlib.files import load_tensors
 from amedlib.sampling import make_latents
-from amedlib.study import execute, plans, procedures, run, store, uncertainty
+from amedlib.study import execute, plans, procedures, store, uncertainty
+from amedlib.study import run as runs
 from amedlib.study.store import predictor_path, result_path
 
 SAMPLES = 8
@@ -333,7 +334,7 @@ def smaller(monkeypatch, folder):
     monkeypatch.setattr(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", 75)
     enlarged = metrics._enlarged
     monkeypatch.setattr(metrics, "_enlarged", lambda images, side: enlarged(images, 32))
-    for module in (execute, procedures, run, store, uncertainty):
+    for module in (execute, procedures, runs, store, uncertainty):
         monkeypatch.setattr(module, "BLOCKS", 2)
     monkeypatch.setattr(store, "SOLUTION", store.SOLUTION | {"num_steps": 9})
     loaders._load.cache_clear()

@@ -155,7 +155,7 @@ def test_commands_name_notebooks_and_data_sets_that_exist():
     frame = claims.to_run("digits")
     for command in frame["command"]:
         source, name = re.search(
-            r"notebooks/(\w+)\.ipynb out.ipynb -p dataset (\w+)", command
+            r"notebooks/(\w+)\.ipynb out.ipynb --stderr-file - -p dataset (\w+)", command
         ).groups()
         assert source in PAGES and describe(name).paper == name
     at = {
@@ -166,7 +166,8 @@ def test_commands_name_notebooks_and_data_sets_that_exist():
     assert ("lsun_cat", "single-step-cat") in at and ("imagenet64", "afs-small") in at
     (row,) = frame[frame["data set"] == "lsun_cat"].to_dict("records")
     assert row["command"] == (
-        "papermill notebooks/table11.ipynb out.ipynb -p dataset lsun_cat -p device cuda"
+        "papermill notebooks/table11.ipynb out.ipynb --stderr-file - -p dataset lsun_cat "
+        "-p device cuda"
     )
 
 

@@ -439,8 +439,8 @@ def to_run(dataset: str) -> pd.DataFrame:
     ]
     frame = pd.DataFrame(tests).groupby(["data set", "source"])["claims"].agg(", ".join)
     frame = frame.reset_index()
-    command = "papermill notebooks/{}.ipynb out.ipynb -p dataset {} -p device cuda".format
-    frame["command"] = [command(*row) for row in frame[["source", "data set"]].to_numpy()]
+    command = "papermill notebooks/{}.ipynb out.ipynb --stderr-file - -p dataset {} -p device cuda"
+    frame["command"] = [command.format(*row) for row in frame[["source", "data set"]].to_numpy()]
     return frame[["data set", "command", "claims"]]
 
 

@@ -231,5 +231,6 @@ def not_run(number: int, dataset: str, on: str):
     theirs = describe(rows["dataset"].iloc[0]).title
     caption(
         f"Table {number}: the paper's FID on {theirs}. Not run on {describe(dataset).title}; to "
-        f"run it: `papermill notebooks/table{number}.ipynb out.ipynb -p dataset {on}`"
+        f"run it: `papermill notebooks/table{number}.ipynb out.ipynb --stderr-file - "
+        f"-p dataset {on}`"
     )

@@ -420,6 +420,17 @@ def test_other_seeds_of_a_training_count_where_they_are_stored(tmp_path):
     assert [r.value for r in results] == [4.0, 5.0, 6.0]
 
 
+@pytest.mark.parametrize(
+    "dataset", ["digits_uncentred", "digits_guidance_2", "cifar10_small_fid", "imagenet256"]
+)
+def test_the_ledger_of_a_data_set_that_lacks_a_metric_or_a_table(dataset, tmp_path):
+    found = claims.ledger(dataset, tmp_path)
+    assert len(found) == len(claims.claims())
+    of_samples = found[found["kind"].isin(["quality", "value"])]
+    for metric in claims.METRICS:
+        assert {outcome["verdict"] for outcome in of_samples[metric]} == {"not run"}
+
+
 def test_a_result_that_a_table_has_twice_counts_once(tmp_path):
     planned = plans.table2(names=["AMED-Plugin", "iPNDM"], nfes=[5])
     rows = [result(row.run, 4.0 + 0.1 * i) for i, row in enumerate(planned.itertuples())]

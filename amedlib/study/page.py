@@ -153,7 +153,7 @@ def without_afs(planned: pd.DataFrame) -> str:
     It begins with a space, to end a caption; it is empty where there are none.
 
     Args:
-        planned: columns method, nfe, run.
+        planned: columns method, run.
     """
     rows = [
         row
@@ -162,7 +162,7 @@ def without_afs(planned: pd.DataFrame) -> str:
     ]
     if not rows:
         return ""
-    nfes = ", ".join(map(str, sorted({row.nfe for row in rows})))
+    nfes = ", ".join(map(str, sorted({row.run.nfe for row in rows})))
     names = ", ".join(dict.fromkeys(row.method for row in rows))
     return f" At NFE {nfes} without AFS, with which their NFE is odd: {names}."
 

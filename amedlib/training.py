@@ -270,7 +270,7 @@ def train(
     path: Path,
     distance: Callable = squared_l2,
     device="cpu",
-    progress: bool = True,
+    progress: bool | Callable[[], None] = True,
     labels: Callable | None = None,
 ) -> Predictor | LearnedTable:
     """Train a predictor, or load it if ``path`` holds it; an interrupted training goes on.
@@ -278,7 +278,10 @@ def train(
     Every 20 batches the state is kept beside ``path``, under its name and ``.partial``. The result
     is a safetensors file with the weights, the log of the last ten batches [10, N-1, 3] (for every
     step the loss that its r was trained on, mean and standard deviation of r over the batch), the
-    seconds of training and the configuration. Arguments as in ``Trainer``.
+    seconds of training and the configuration. Other arguments as in ``Trainer``.
+
+    Args:
+        progress: whether a bar shows it; or what is called after every batch in its place.
 
     Raises:
         ValueError: ``path`` cannot be written; or it or the state beside it is of another training,
@@ -303,7 +306,10 @@ def train(
                 raise
     name = f"{config.solver}, {config.num_steps} points, seed {config.seed}"
     with tqdm(
-        total=trainer.batches, initial=len(trainer.log), desc=name, disable=not progress
+        total=trainer.batches,
+        initial=len(trainer.log),
+        desc=name,
+        disable=callable(progress) or not progress,
     ) as bar:
         while len(trainer.log) < trainer.batches:
             trainer.step()
@@ -312,6 +318,8 @@ def train(
                 f"loss {sum(loss):.3g}, r " + " ".join(f"{value:.2f}" for value in r)
             )
             bar.update()
+            if callable(progress):
+                progress()
             if len(trainer.log) % 20 == 0:
                 trainer.save(partial)
     save_predictor(path, trainer)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pandas as pd
 
 from amedlib.checks import require
-from amedlib.datasets.entries import describe
 from amedlib.files import load_tensors
 from amedlib.study import costs, execute, plans, procedures, published, store
 from amedlib.study.cluster import Board, local_cluster
@@ -129,17 +128,8 @@ def counted(seeds=plans.SEEDS):
                         leader = execute._leader(what)
                         tasks |= execute._tasks(leader, Path(empty), "cpu", "simulated")
     for key, task in tasks.items():
-        finish, what = task.arguments[:2]
-        per_call = describe(what.dataset).evaluations_per_call
-        if finish is execute._finish_predictor:
-            evaluations = per_call * costs.training_evaluations(what.training)
-        elif finish is execute._finish_block:
-            evaluations = what.nfe * what.samples / BLOCKS
-        elif what.metric == "grid_search":
-            evaluations = per_call * costs.search_evaluations(what)
-        else:
-            evaluations = 0
-        seconds[key] = evaluations / rates[what.dataset]["sampling"]
+        what = task.arguments[1]
+        seconds[key] = execute.evaluations_of(task) / rates[what.dataset]["sampling"]
     return tasks, seconds
 
 

@@ -96,8 +96,7 @@ def run_notebook(notebook: Path, inputs: str) -> bool:
         return True
     print(f"{notebook.stem}: running", flush=True)
     start = time.perf_counter()
-    with log.open("w") as out:
-        failed = subprocess.run(command, cwd=ROOT, env=env, stdout=out, stderr=out).returncode
+    failed = follow(command, env, log, notebook.stem)
     seconds = time.perf_counter() - start
     if failed:
         print("\n".join(log.read_text().splitlines()[-40:]))
@@ -110,6 +109,31 @@ def run_notebook(notebook: Path, inputs: str) -> bool:
         kept.with_suffix(".new").replace(kept)
     print(f"{notebook.stem}: done in {seconds:.0f} s", flush=True)
     return True
+
+
+def follow(command: list[str], env: dict[str, str], log: Path, name: str) -> int:
+    """Run a command; what it prints goes to a log, and of its progress a line to the terminal.
+
+    That is what it says before long work (`forecast`), and its bar every ten seconds.
+
+    Returns:
+        Its exit status.
+    """
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    said = time.perf_counter()
+    with (
+        log.open("w", buffering=1, encoding="utf-8") as out,
+        subprocess.Popen(
+            command, cwd=ROOT, env=env, encoding="utf-8", errors="replace", **how
+        ) as process,
+    ):
+        for line in process.stdout:
+            out.write(line)
+            bar = "%|" in line and time.perf_counter() - said > 10
+            if bar or line.startswith("To be computed: "):
+                said = time.perf_counter()
+                print(f"{name}: {line.strip()}", flush=True)
+    return process.returncode
 
 
 def fold_code(path: Path) -> None:

@@ -155,7 +155,7 @@ def test_commands_name_notebooks_and_data_sets_that_exist():
     frame = claims.to_run("digits")
     for command in frame["command"]:
         source, name = re.search(
-            r"notebooks/(\w+)\.ipynb out.ipynb -p dataset (\w+)", command
+            r"notebooks/(\w+)\.ipynb out.ipynb --stderr-file - -p dataset (\w+)", command
         ).groups()
         assert source in PAGES and describe(name).paper == name
     at = {
@@ -166,7 +166,8 @@ def test_commands_name_notebooks_and_data_sets_that_exist():
     assert ("lsun_cat", "single-step-cat") in at and ("imagenet64", "afs-small") in at
     (row,) = frame[frame["data set"] == "lsun_cat"].to_dict("records")
     assert row["command"] == (
-        "papermill notebooks/table11.ipynb out.ipynb -p dataset lsun_cat -p device cuda"
+        "papermill notebooks/table11.ipynb out.ipynb --stderr-file - -p dataset lsun_cat "
+        "-p device cuda"
     )
 
 
@@ -417,6 +418,17 @@ def test_other_seeds_of_a_training_count_where_they_are_stored(tmp_path):
         save_result(result(seeded(what, seed), 4.0 + seed), tmp_path)
     (results,) = claims._cells(measured, tmp_path)["results"]
     assert [r.value for r in results] == [4.0, 5.0, 6.0]
+
+
+@pytest.mark.parametrize(
+    "dataset", ["digits_uncentred", "digits_guidance_2", "cifar10_small_fid", "imagenet256"]
+)
+def test_the_ledger_of_a_data_set_that_lacks_a_metric_or_a_table(dataset, tmp_path):
+    found = claims.ledger(dataset, tmp_path)
+    assert len(found) == len(claims.claims())
+    of_samples = found[found["kind"].isin(["quality", "value"])]
+    for metric in claims.METRICS:
+        assert {outcome["verdict"] for outcome in of_samples[metric]} == {"not run"}
 
 
 def test_a_result_that_a_table_has_twice_counts_once(tmp_path):

@@ -7,7 +7,7 @@ import torch
 
 import amedlib
 from amedlib.geometry import accurate_solution
-from amedlib.study import pictures, plans, theory
+from amedlib.study import figures, pictures, plans, theory
 from amedlib.study.store import predictor_path
 
 # --- images -------------------------------------------------------------------------------------
@@ -160,3 +160,14 @@ def test_pictures_of_the_theory():
     ax = pictures.proposition(found, {"one": [9.0] * 3, "two": [8.0] * 3}).axes[0]
     assert [line.get_ydata()[0] for line in ax.lines] == [9, 8, 1, 2, 3, 4, 5]
     assert ax.xaxis_inverted() and "t" in ax.get_xlabel()
+
+
+def test_every_nfe_has_its_line_of_learned_r():
+    """Also more than there are colours, and where all trainings agree to the last bit."""
+    curves = {"r": [0.4, 0.3], "r_sd": [0.01, 0.02]}
+    panels = {"AMED-Solver": {nfe: [curves] * 3 for nfe in range(3, 12)}}
+    figure = figures.learned_r(panels)
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert [label for label in labels if label.startswith("NFE")] == [
+        f"NFE {nfe}" for nfe in range(3, 12)
+    ]

@@ -144,6 +144,23 @@ def build():
     return module
 
 
+def test_the_build_shows_how_far_long_work_is(build, tmp_path, capsys, monkeypatch):
+    clock = itertools.count(0, 4)  # seconds, four from one look to the next
+    monkeypatch.setattr(build.time, "perf_counter", lambda: next(clock))
+    lines = ["Executing Cell 3", "To be computed: trainings: 2. About 1 min."]
+    lines += [f"\revaluations: {share}%|#| 5/9" for share in range(0, 100, 10)] + ["done"]
+    code = f"import sys; print(*{lines}, sep=chr(10)); sys.exit(3)"
+    status = build.follow([sys.executable, "-c", code], {}, tmp_path / "log", "table2")
+    shown = capsys.readouterr().out.splitlines()
+    assert status == 3
+    assert shown[0] == "table2: To be computed: trainings: 2. About 1 min."
+    assert 2 <= len(shown[1:]) <= 5  # every ten seconds
+    assert all(line.startswith("table2: evaluations: ") for line in shown[1:])
+    written = (tmp_path / "log").read_text()
+    assert all(f"evaluations: {share}%" in written for share in range(0, 100, 10))
+    assert "Executing Cell 3" in written and "done" in written
+
+
 @pytest.mark.parametrize(
     ("page", "finding"),
     [

@@ -10,6 +10,7 @@ import math
 import os
 import queue
 import re
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Executor, Future
 from contextlib import contextmanager
@@ -124,7 +125,7 @@ def connect(cluster=None, device=None) -> Iterator[Workers]:
         ) from error
     with client:
         if not client.scheduler_info()["workers"]:
-            tqdm.write(f"Waiting for the first worker of {cluster}.")
+            tqdm.write(f"Waiting for the first worker of {cluster}.", file=sys.stderr)
             client.wait_for_workers(1)
         yield _of_client(client)
 
@@ -250,8 +251,10 @@ def _what_failed(future: Future) -> Exception | None:
     return error
 
 
-def do(tasks: dict[str, Task], workers: Workers, done: Callable[[], None]) -> dict[str, Exception]:
-    """Do all tasks, each when those it needs are done; ``done()`` is called after each.
+def do(
+    tasks: dict[str, Task], workers: Workers, done: Callable[[str], None]
+) -> dict[str, Exception]:
+    """Do all tasks, each when those it needs are done; ``done(key)`` is called after each.
 
     When a task fails, those that need it are not begun, nor what is needed by nothing else; all
     others go on. A task that Dask gave up because its worker died is tried again at the end, by
@@ -270,7 +273,7 @@ def do(tasks: dict[str, Task], workers: Workers, done: Callable[[], None]) -> di
     def end(key):
         error = _what_failed(running.pop(key))
         if error is None:
-            done()
+            done(key)
             board.done(key)
         elif not board.wanted(key):
             pass  # whatever became of it

@@ -1,14 +1,9 @@
 """What the paper's tables cost: network evaluations, counted by code, and the time they take.
 
-Nothing here is a formula for a number of evaluations: they are counted by a denoiser that the
-training and the search really call. ``python -m benchmarks gpu`` measures how fast a machine is.
+``python -m benchmarks gpu`` measures how fast a machine is.
 """
 
 import json
-from dataclasses import asdict, replace
-from functools import cache
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -20,57 +15,15 @@ from amedlib.datasets.loaders import load_weights
 from amedlib.denoisers import edm
 from amedlib.files import load_tensors
 from amedlib.study import plans
-from amedlib.study.procedures import Context, grid_search
+from amedlib.study.forecast import search_evaluations, training_evaluations
 from amedlib.study.published import published
-from amedlib.study.run import BLOCKS, Run
+from amedlib.study.run import Run
 from amedlib.study.store import RESULTS, load_result, predictor_path
-from amedlib.training import Trainer, Training
 
 # What evaluations are made for; the last are images through the network that judges samples.
 KINDS = ("sampling", "search", "training", "features")
 # Data sets whose network has the architecture of another one's.
 SAME_NETWORK = {"lsun_cat": "lsun_bedroom"}
-
-
-class _Counter:
-    """A denoiser that changes nothing, and counts the images that it is given."""
-
-    gives_bottleneck = True
-    bottleneck_size = (1, 1)
-
-    def __init__(self):
-        self.images = 0
-
-    def __call__(self, x, t, labels=None, return_bottleneck=False):
-        self.images += len(x)
-        return (x, x.new_zeros(len(x), 1, 1, 1)) if return_bottleneck else x
-
-
-def training_evaluations(training: Training) -> int:
-    """Network evaluations of a whole training, of teacher and student, counted on one trajectory.
-
-    One of them in each step, the student's second, is differentiated.
-    """
-    # The seed changes nothing here, and most trainings differ in it alone.
-    each = _per_trajectory(json.dumps(asdict(replace(training, seed=0))))
-    return each * -(-training.images // training.batch) * training.batch
-
-
-@cache
-def _per_trajectory(training: str) -> int:
-    counter = _Counter()
-    trainer = Trainer(counter, Training(**json.loads(training)), (1, 1, 1))
-    for _ in trainer.losses(torch.ones(1, 1, 1, 1)):
-        pass
-    return counter.images
-
-
-def search_evaluations(search: Run) -> int:
-    """Network evaluations of a Run of ``"grid_search"``, counted on a few samples."""
-    counter, few = _Counter(), replace(search, samples=2 * BLOCKS)
-    data = SimpleNamespace(denoiser=counter, shape=(1, 1, 1), labels=None, batch=few.samples)
-    grid_search(few, Context(data, Path(), "cpu", progress=False))
-    return counter.images // few.samples * search.samples
 
 
 def _parts(planned: pd.DataFrame) -> tuple[list[Run], list[Run], list[Run]]:

@@ -4,13 +4,16 @@ import json
 import os
 import shutil
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from contextlib import suppress
+from contextvars import ContextVar
 from dataclasses import asdict
 from datetime import UTC, datetime
+from math import nan
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +28,8 @@ from amedlib.compute import best_device, one_thread
 from amedlib.datasets.entries import describe
 from amedlib.datasets.loaders import load_dataset
 from amedlib.files import check_writable, load_tensors, save_tensors, write_atomically
-from amedlib.study.cluster import Task, check_cluster, connect, do
+from amedlib.study.cluster import Task, Workers, check_cluster, connect, do
+from amedlib.study.forecast import PARTS, forecast, rate
 from amedlib.study.procedures import PROCEDURES, Context, make_block, qualities, solve_block
 from amedlib.study.run import BLOCKS, OF_SAMPLES, Result, Run
 from amedlib.study.store import (
@@ -51,9 +55,12 @@ from amedlib.study.store import (
 from amedlib.study.uncertainty import estimate
 from amedlib.training import train
 
+# The bar that shows the work of this process, in evaluations.
+_BAR: ContextVar[tqdm | None] = ContextVar("_BAR", default=None)
+
 
 def _finish_predictor(run: Run, context: Context) -> None:
-    data, path = context.data, predictor_path(run, context.results_dir)
+    data, path, bar = context.data, predictor_path(run, context.results_dir), _BAR.get()
     if is_whole_predictor(path):
         return
     if run.trained_on != run.dataset:
@@ -66,9 +73,14 @@ def _finish_predictor(run: Run, context: Context) -> None:
             path,
             data.distances(run.training.loss),
             context.device,
-            context.progress,
+            context.progress if bar is None else lambda: bar.update(_of_batch(run)),
             data.labels,
         )
+
+
+def _of_batch(run: Run) -> float:
+    """Evaluations of one batch of training."""
+    return PARTS["trainings"][0](run) / -(-run.training.images // run.training.batch)
 
 
 def _finish_solution_block(run: Run, context: Context, index: int) -> torch.Tensor | None:
@@ -248,6 +260,77 @@ def compute(run: Run, results_dir=RESULTS, device=None, progress=True) -> list[R
         return _results(run, context, [make_block(run, context, i) for i in range(number)])
 
 
+def _part(task: Task) -> str | None:
+    """Which of ``PARTS`` a task is; ``None`` if it evaluates nothing."""
+    finish, what, *_ = task.arguments
+    names = {
+        _finish_predictor: "trainings",
+        _finish_solution_block: "solutions of the ODE",
+        _finish_block: "sets of samples",
+    }
+    return "grid searches" if what.metric == "grid_search" else names.get(finish)
+
+
+def evaluations_of(task: Task) -> float:
+    """Evaluations of the network in a task of a study."""
+    part = _part(task)
+    return PARTS[part][0](task.arguments[1]) if part else 0
+
+
+def _rate(run: Run, results_dir: Path, device) -> float:
+    """Evaluations per second in a worker; NaN if that cannot be found out."""
+    torch.set_num_threads(1)
+    try:
+        return rate(run, context_of(run, results_dir, device))
+    except Exception:  # what keeps the work from being done is said there
+        return nan
+
+
+def _do(tasks: dict[str, Task], workers: Workers, progress, here: bool) -> dict[str, Exception]:
+    """Do all tasks, after saying what they are and about how long they take.
+
+    Args:
+        here: whether this process does them.
+    """
+    if not progress:
+        return do(tasks, workers, lambda key: None)
+    parts = [(_part(task), task.arguments[1]) for task in tasks.values() if _part(task)]
+    where = next(iter(tasks.values())).arguments[2:4]
+    some = {what.dataset: what for _, what in parts}
+    rates = {name: sum(workers.ask(_rate, what, *where)) or nan for name, what in some.items()}
+    if parts:
+        print(f"\n{forecast(parts, rates)}", file=sys.stderr, flush=True)
+    weights, finished = {key: evaluations_of(task) for key, task in tasks.items()}, 0.0
+
+    def done(key):
+        nonlocal finished
+        finished += weights[key]
+        bar.update(finished - bar.n)
+
+    how = {"desc": "evaluations", "unit": "", "unit_scale": True, "mininterval": 1}
+    with tqdm(total=sum(weights.values()), **how) as bar:
+        token = _BAR.set(bar if here else None)
+        try:
+            return do(tasks, workers, done)
+        finally:
+            _BAR.reset(token)
+
+
+def make_predictors(runs: Iterable[Run], results_dir=RESULTS, device=None) -> None:
+    """Train those predictors of Runs that the store lacks, in this process."""
+    results_dir, tasks = checks.path("results_dir", results_dir).absolute(), {}
+    for what in runs:
+        if what.predictor is not None and not predictor_path(what, results_dir).is_file():
+            arguments = _finish_predictor, what, results_dir, device
+            tasks[str(predictor_path(what, results_dir))] = Task(_work, arguments)
+    if not tasks:
+        return
+    check_writable(results_dir, "results_dir")
+    with one_thread(), connect() as workers:
+        for error in _do(tasks, workers, True, True).values():
+            raise error
+
+
 def _complete(runs: list[Run], results_dir, device, progress, cluster):
     """Results by key; Runs whose computation failed, with the error; and how many there were."""
     check_cluster(cluster)
@@ -285,8 +368,7 @@ def _complete(runs: list[Run], results_dir, device, progress, cluster):
             for problem in workers.ask(_hindrance, results_dir, name, code):
                 if problem:
                     raise ValueError(problem)
-        with tqdm(total=len(tasks), desc="blocks and trainings", disable=not progress) as bar:
-            failed = do(tasks, workers, bar.update)
+        failed = _do(tasks, workers, progress, cluster is None)
     _look_again(results_dir)
     for what in missing.values():
         results[what.key] = load_result(what, results_dir)

@@ -1,5 +1,7 @@
 """The figures of the book."""
 
+from itertools import cycle
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -190,13 +192,13 @@ def learned_r(panels: dict[str, dict[int, list[dict]]]) -> Figure:
             bar their range, the band one standard deviation over samples.
     """
     figure, axes = _panels(len(panels), sharey=True)
-    shades = ["#56B4E9", "#0072B2", "#CC79A7", "#D55E00"]
+    shades = ["#56B4E9", "#0072B2", "#CC79A7", "#D55E00", "#009E73", "#E69F00", "#000000"]
     for (title, lines), ax in zip(panels.items(), axes[0], strict=True):
-        for (nfe, seeds), colour in zip(lines.items(), shades, strict=False):
+        for (nfe, seeds), colour in zip(lines.items(), cycle(shades), strict=False):
             r = np.array([curves["r"] for curves in seeds])
             spread = np.mean([curves["r_sd"] for curves in seeds], axis=0)
             steps, mean = np.arange(1, r.shape[1] + 1), r.mean(0)
-            bars = [mean - r.min(0), r.max(0) - mean]
+            bars = np.maximum([mean - r.min(0), r.max(0) - mean], 0)  # of equal r rounding is left
             ax.errorbar(steps, mean, bars, color=colour, marker="o", capsize=2, label=f"NFE {nfe}")
             ax.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.2)
         ax.axhline(0.5, color="#888888", linestyle="--", label="DPM-Solver-2")

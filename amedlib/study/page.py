@@ -153,7 +153,7 @@ def without_afs(planned: pd.DataFrame) -> str:
     It begins with a space, to end a caption; it is empty where there are none.
 
     Args:
-        planned: columns method, nfe, run.
+        planned: columns method, run.
     """
     rows = [
         row
@@ -162,7 +162,7 @@ def without_afs(planned: pd.DataFrame) -> str:
     ]
     if not rows:
         return ""
-    nfes = ", ".join(map(str, sorted({row.nfe for row in rows})))
+    nfes = ", ".join(map(str, sorted({row.run.nfe for row in rows})))
     names = ", ".join(dict.fromkeys(row.method for row in rows))
     return f" At NFE {nfes} without AFS, with which their NFE is odd: {names}."
 
@@ -231,5 +231,6 @@ def not_run(number: int, dataset: str, on: str):
     theirs = describe(rows["dataset"].iloc[0]).title
     caption(
         f"Table {number}: the paper's FID on {theirs}. Not run on {describe(dataset).title}; to "
-        f"run it: `papermill notebooks/table{number}.ipynb out.ipynb -p dataset {on}`"
+        f"run it: `papermill notebooks/table{number}.ipynb out.ipynb --stderr-file - "
+        f"-p dataset {on}`"
     )

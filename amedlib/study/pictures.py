@@ -7,11 +7,12 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
+from tqdm import tqdm
 
 from amedlib.checks import require
 from amedlib.intermediate import Predictor
 from amedlib.sampling import sample
-from amedlib.study.execute import context_of, prepare
+from amedlib.study.execute import context_of, make_predictors, prepare
 from amedlib.study.figures import look
 from amedlib.study.run import Run
 from amedlib.study.store import RESULTS, predictor_path
@@ -59,7 +60,10 @@ def draw_all(planned: pd.DataFrame, seeds: Sequence[int], **how) -> tuple[pd.Dat
     Returns:
         A frame of tensors [B, C, H, W]; a method without any image has no row.
     """
-    drawn = planned.assign(images=[draw(what, seeds, **how) for what in planned["run"]])
+    if how.get("train"):
+        make_predictors(planned["run"], how.get("results_dir", RESULTS), how.get("device"))
+    bar = tqdm(planned["run"], desc="cells drawn")
+    drawn = planned.assign(images=[draw(what, seeds, **how) for what in bar])
     absent = drawn[[images is None for images in drawn["images"]]]
     left_out = [
         f"{method} at NFE {', '.join(map(str, rows['nfe']))}"

@@ -273,20 +273,10 @@ def release(
 
     Its AMED-Solver runs on the schedule time_uniform, which the recipe does not set.
     """
-    planned = [
-        table2(
-            dataset,
-            [name],
-            nfes,
-            seeds,
-            n_samples,
-            schedule,
-            metric,
-            recipe="release",
-            scale_time=a,
-        )
-        for name, schedule, a in (("AMED-Solver", "time_uniform", 0.0), ("AMED-Plugin", None, 0.2))
-    ]
+    planned = []
+    for name, schedule, a in (("AMED-Solver", "time_uniform", 0.0), ("AMED-Plugin", None, 0.2)):
+        how = {"metric": metric, "recipe": "release", "scale_time": a}
+        planned.append(table2(dataset, [name], nfes, seeds, n_samples, schedule, **how))
     return concat(planned)
 
 

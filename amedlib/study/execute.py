@@ -320,7 +320,7 @@ def make_predictors(runs: Iterable[Run], results_dir=RESULTS, device=None) -> No
     """Train those predictors of Runs that the store lacks, in this process."""
     results_dir, tasks = checks.path("results_dir", results_dir).absolute(), {}
     for what in runs:
-        if what.predictor is not None and not predictor_path(what, results_dir).is_file():
+        if what.predictor is not None and not is_whole_predictor(predictor_path(what, results_dir)):
             arguments = _finish_predictor, what, results_dir, device
             tasks[str(predictor_path(what, results_dir))] = Task(_work, arguments)
     if not tasks:

@@ -12,7 +12,7 @@ import pandas as pd
 from amedlib.datasets.entries import describe
 from amedlib.datasets.files import DATA
 from amedlib.study import plans
-from amedlib.study.published import published
+from amedlib.study.published import across_nfe, nfe_name, published
 from amedlib.study.store import RESULTS, load_result
 from amedlib.study.uncertainty import difference, with_interval
 
@@ -356,7 +356,7 @@ def gain_table(found: pd.DataFrame) -> pd.DataFrame:
                 words = map(with_interval, rows[part], rows[f"{part}_half"])
             else:
                 words = rows[part].map(printed)
-            columns[f"NFE {nfe}", name] = pd.Series(list(words), rows.index)
+            columns[nfe_name(nfe), name] = pd.Series(list(words), rows.index)
     order = pd.MultiIndex.from_frame(found[["dataset", "solver"]].drop_duplicates())
     frame = pd.DataFrame(columns).reindex(order).rename(index=_title, level=0)
     return frame.rename_axis([None, None]).fillna("–")
@@ -457,11 +457,6 @@ def versions_table(versions: pd.DataFrame) -> pd.DataFrame:
         for row in versions.itertuples()
     ]
     frame = versions.assign(cell=arrows, dataset=versions["dataset"].map(_title))
-    frame["nfe"] = "NFE " + frame["nfe"].astype(str)
-    table = frame.pivot_table(
-        index=["dataset", "method"], columns="nfe", values="cell", aggfunc="first", sort=False
-    )
-    rows = pd.MultiIndex.from_frame(frame[["dataset", "method"]].drop_duplicates())
-    columns = sorted(table.columns, key=lambda name: int(name.split()[1]))
-    table = table.reindex(index=rows, columns=columns).fillna("–")
-    return table.rename_axis([None, None]).rename_axis(None, axis=1)
+    rows = ["dataset", "method"]
+    table = across_nfe(frame, rows, "cell").fillna("–")
+    return table.reindex(pd.MultiIndex.from_frame(frame[rows].drop_duplicates(), names=[None] * 2))

@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 
-from amedlib.study.published import ROWS, row_names
+from amedlib.study.published import ROWS, nfe_name, row_names
 from amedlib.study.uncertainty import estimates
 
 LOOKS = {
@@ -197,7 +197,7 @@ def learned_r(panels: dict[str, dict[int, list[dict]]]) -> Figure:
             spread = np.mean([curves["r_sd"] for curves in seeds], axis=0)
             steps, mean = np.arange(1, r.shape[1] + 1), r.mean(0)
             bars = [mean - r.min(0), r.max(0) - mean]
-            ax.errorbar(steps, mean, bars, color=colour, marker="o", capsize=2, label=f"NFE {nfe}")
+            ax.errorbar(steps, mean, bars, color=colour, marker="o", capsize=2, label=nfe_name(nfe))
             ax.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.2)
         ax.axhline(0.5, color="#888888", linestyle="--", label="DPM-Solver-2")
         ax.set(title=title, xlabel="step", ylabel="r", ylim=(0, 1))

@@ -18,7 +18,7 @@ from amedlib.datasets.entries import Entry, describe
 from amedlib.study import plans
 from amedlib.study.execute import run
 from amedlib.study.parameters import check
-from amedlib.study.published import ROWS, published, row_names
+from amedlib.study.published import ROWS, across_nfe, published, row_names
 from amedlib.study.run import Result, Run
 from amedlib.study.store import load_result
 from amedlib.study.uncertainty import (
@@ -221,12 +221,7 @@ def headline(ours: pd.DataFrame, judged: pd.DataFrame, nfe: int = 5) -> dict[str
 def not_run(number: int, dataset: str, on: str):
     """A table of the paper that was not run on a data set: its numbers, and what would run it."""
     rows = row_names(published(f"table{number}"), number)
-    frame = rows.assign(nfe="NFE " + rows["nfe"].astype(str)).pivot_table(
-        index=ROWS[number], columns="nfe", values="value", aggfunc="first", sort=False
-    )
-    frame = frame[sorted(frame, key=lambda name: int(name.split()[1]))]
-    frame.index.names = [None] * len(ROWS[number])
-    frame.columns.name = None
+    frame = across_nfe(rows, ROWS[number], "value")
     display(frame.style.format("{:.4g}", na_rep="–"))
     theirs = describe(rows["dataset"].iloc[0]).title
     caption(

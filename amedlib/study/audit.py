@@ -11,8 +11,9 @@ import pandas as pd
 
 from amedlib.datasets.entries import describe
 from amedlib.datasets.files import DATA
-from amedlib.study import plans
+from amedlib.study import plans, sentences
 from amedlib.study.published import across_nfe, nfe_name, published
+from amedlib.study.sentences import gap
 from amedlib.study.store import RESULTS, load_result
 from amedlib.study.uncertainty import difference, with_interval
 
@@ -221,38 +222,28 @@ def statements() -> pd.DataFrame:
 
 
 def comparisons(statement: pd.Series, cells: pd.DataFrame) -> pd.DataFrame:
-    """The comparisons that a statement makes: columns better, worse, ``met`` and ``tie``."""
-    better = cells.query(statement["better"])
-    same = statement["same"].split()
-    if statement["worse"]:
-        worse = cells.query(statement["worse"])
-        if statement["pick"] == "best":
-            better, worse = (
-                side.groupby(same, as_index=False)["value"].min() for side in (better, worse)
-            )
-        both = better.merge(worse, on=same, suffixes=("", "_worse"))
-        both = both.assign(better=both["value"], worse=both["value_worse"])
-    else:
-        both = better.assign(better=better["value"], worse=np.nan)
+    """The comparisons that a statement makes: columns ``met`` and ``tie``."""
+    pick = statement["pick"].replace("each", "")
+    picks = {"better_pick": pick, "worse_pick": pick}
+    found = sentences.pairs(cells, {**statement, **picks, "nfe": ""})
     if statement["expected"]:
-        return _against_expected(statement["expected"], both)
-    tie = both["better"] == both["worse"]
-    met = both["better"] < both["worse"]
-    if statement["within"]:
-        met = both["better"] <= (1 + float(statement["within"])) * both["worse"]
-    return both.assign(met=met, tie=tie & ~met)
+        return _against_expected(statement["expected"], found)
+    factor = 1 + float(statement["within"] or 0)
+    gaps = np.array([gap(*pair, factor) for pair in found])
+    met = gaps <= 0 if statement["within"] else gaps < 0
+    tie = np.array([gap(*pair) == 0 for pair in found], dtype=bool)
+    return pd.DataFrame({"met": met, "tie": tie & ~met})
 
 
-def _against_expected(expected: str, both: pd.DataFrame) -> pd.DataFrame:
-    found = (both["worse"] - both["better"]).fillna(both["better"])
-    both = both.assign(found=found)
+def _against_expected(expected: str, found: list[tuple[dict, dict | None]]) -> pd.DataFrame:
+    values = [-gap(*pair) if pair[1] else gap(*pair) for pair in found]
     if " " in expected:  # a number per data set; one that has no cell is not met
         numbers = dict(part.split() for part in expected.split("; "))
-        both = both.set_index("dataset").reindex(numbers).reset_index()
-        target = both["dataset"].map(numbers).astype(float)
+        values = pd.Series(values, [better["dataset"] for better, _ in found]).reindex(numbers)
+        targets = [float(number) for number in numbers.values()]
     else:
-        target = float(expected)
-    return both.assign(met=(both["found"] - target).abs() < 1e-9, tie=False)
+        targets = float(expected)
+    return pd.DataFrame({"met": np.abs(np.subtract(values, targets)) < 1e-9, "tie": False})
 
 
 def judge(cells: pd.DataFrame, statements: pd.DataFrame) -> pd.DataFrame:

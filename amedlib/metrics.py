@@ -3,95 +3,165 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.linalg import LinAlgError, cholesky, eigh
+from scipy.linalg import LinAlgError, cholesky, svdvals
+from scipy.linalg.lapack import dpstrf
 from torch.nn import functional
 
 from amedlib.checks import one_of, require
 
+#: How far from symmetric and positive semidefinite rounding, in single precision too, can bring a
+#: covariance, as a part of its norm: the largest sum of a row's magnitudes.
+ROUNDING = 1e-6
+
+
+def _real(name: str, given) -> np.ndarray:
+    """Real numbers of any kind as a new array in float64."""
+    if isinstance(given, torch.Tensor):
+        given = given.detach().cpu()
+    try:
+        array = np.asarray(given)
+    except (TypeError, ValueError, RuntimeError):  # rows of different lengths, for example
+        array = np.array(None)
+    require(array.dtype.kind in "fiu", name, given, "an array of real numbers")
+    return np.array(array, np.float64, order="C")
+
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, sum and sum of outer products of feature vectors, in float64; they add up.
+    """Count, mean and scatter of feature vectors, in float64; they add up.
+
+    Sums of x and x x^T would do so too, but lose the digits of the covariance where the mean is
+    large (Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance", 1983).
 
     Attributes:
         count: number of vectors.
-        total: their sum, [d].
-        outer: the sum of x x^T, [d, d].
+        mean: [d].
+        scatter: the sum of (x - mean) (x - mean)^T, [d, d].
     """
 
     count: int
-    total: np.ndarray
-    outer: np.ndarray
+    mean: np.ndarray
+    scatter: np.ndarray
 
     @classmethod
     def of(cls, features) -> "Moments":
-        """Moments of features [n, d], an array or a tensor, computed where the tensor is."""
-        features = torch.as_tensor(features).detach().double()
-        total, outer = features.sum(0), features.T @ features
-        return cls(len(features), total.cpu().numpy(), outer.cpu().numpy())
+        """Moments of features [n, d], an array or a tensor, computed where the tensor is.
+
+        Raises:
+            ValueError: they are of another shape, none, or no real numbers.
+        """
+        if not isinstance(features, torch.Tensor):
+            features = torch.from_numpy(_real("features", features))
+        shape = tuple(features.shape)
+        require(len(shape) == 2 and 0 not in shape, "the shape of features", shape, "[n, d]")
+        require(not features.is_complex(), "features", features.dtype, "real")
+        features = features.detach().double()
+        mean = features.mean(0)
+        centred = features - mean
+        return cls(len(features), mean.cpu().numpy(), (centred.T @ centred).cpu().numpy())
+
+    @classmethod
+    def from_sums(cls, count: int, total, outer) -> "Moments":
+        """Moments from sums of x, [d], and of x x^T, [d, d]."""
+        return cls(count, total / count, outer - np.outer(total, total) / count)
 
     def __add__(self, other: "Moments") -> "Moments":
-        return Moments(self.count + other.count, self.total + other.total, self.outer + other.outer)
-
-    def __sub__(self, other: "Moments") -> "Moments":
-        return Moments(self.count - other.count, self.total - other.total, self.outer - other.outer)
+        sizes = self.mean.shape, other.mean.shape
+        require(sizes[0] == sizes[1], "the shapes of two means", sizes, "the same")
+        count, apart = self.count + other.count, other.mean - self.mean
+        between = self.count * other.count / count * np.outer(apart, apart)
+        return Moments(
+            count,
+            self.mean + other.count / count * apart,
+            self.scatter + other.scatter + between,
+        )
 
     @property
-    def mean(self) -> np.ndarray:
-        """[d]."""
-        return self.total / self.count
+    def total(self) -> np.ndarray:
+        """The sum of x, [d]."""
+        return self.count * self.mean
+
+    @property
+    def outer(self) -> np.ndarray:
+        """The sum of x x^T, [d, d]."""
+        return self.scatter + self.count * np.outer(self.mean, self.mean)
 
     @property
     def covariance(self) -> np.ndarray:
         """[d, d], with n - 1 in the denominator."""
         require(self.count > 1, "the number of samples", self.count, "at least 2 for a covariance")
-        return (self.outer - np.outer(self.total, self.total) / self.count) / (self.count - 1)
+        return self.scatter / (self.count - 1)
+
+
+def require_covariance(name: str, matrix: np.ndarray) -> None:
+    """Raise ``ValueError`` unless a finite matrix [d, d] is a covariance, up to ``ROUNDING``."""
+    tolerance = ROUNDING * np.linalg.norm(matrix, np.inf)
+    asymmetry = np.abs(matrix - matrix.T).max()
+    require(asymmetry <= tolerance, name, f"asymmetry {asymmetry:.2g}", "symmetric")
+    try:  # faster than eigenvalues
+        cholesky(matrix + (tolerance + np.finfo(float).tiny) * np.eye(len(matrix)), lower=True)
+    except LinAlgError:
+        raise ValueError(
+            f"{name} must be a covariance, positive semidefinite; a matrix with negative "
+            "eigenvalues was given."
+        ) from None
 
 
 def _factor(matrix):
-    """F with F F^T = matrix, symmetric and positive semidefinite."""
-    try:
-        return cholesky(matrix, lower=True)
-    except LinAlgError:  # singular, as with fewer samples than features
-        values, vectors = eigh(matrix)
-        return vectors * np.sqrt(np.clip(values, 0, None))
+    """F [d, rank] with F F^T = matrix, positive semidefinite: Cholesky with pivots.
+
+    Directions whose variance is rounding are left out: the square root of the rounding, which is
+    what a factor would have of them, is not small.
+    """
+    factor, pivots, rank, _ = dpstrf(matrix, lower=1)
+    rows = np.empty((len(matrix), rank))
+    rows[pivots - 1] = np.tril(factor[:, :rank])
+    return rows
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     """Squared Frechet distance of two Gaussians, as FID is defined (Heusel et al., 2017).
 
-    ``|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2)``. The trace of the root is taken from
-    the eigenvalues of F^T S2 F, where S1 = F F^T: a symmetric matrix with those of S1 S2. No square
-    root of a nonsymmetric product is needed, so nothing complex arises.
+    ``|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2)``. The trace of the root is the sum of
+    the singular values of F1^T F2, where S = F F^T. No square root of a nonsymmetric product is
+    needed, so nothing complex arises; and no root of an eigenvalue that is rounding, so equal
+    arguments give zero to rounding, singular ones too.
 
     Args:
         mu1, mu2: means [d].
-        sigma1, sigma2: covariances [d, d], symmetric.
+        sigma1, sigma2: covariances [d, d].
+
+    Returns:
+        The distance, 0 or more.
 
     Raises:
-        ValueError: shapes do not fit, or an entry is not finite.
+        ValueError: shapes do not fit, an entry is not a finite real number, or a covariance is not
+            symmetric and positive semidefinite up to ``ROUNDING``.
     """
-    arrays = [np.asarray(a, dtype=np.float64) for a in (mu1, sigma1, mu2, sigma2)]
-    d = arrays[0].shape[-1] if arrays[0].ndim else 0
-    shapes = tuple(a.shape for a in arrays)
+    given = {"mu1": mu1, "sigma1": sigma1, "mu2": mu2, "sigma2": sigma2}
+    arrays = {name: _real(name, each) for name, each in given.items()}
+    d = len(arrays["mu1"]) if arrays["mu1"].ndim else 0
+    shapes = tuple(a.shape for a in arrays.values())
     require(
         shapes == ((d,), (d, d)) * 2 and d > 0,
         "the shapes of mu1, sigma1, mu2, sigma2",
         shapes,
         "[d], [d, d], [d], [d, d] with one d",
     )
-    require(
-        all(np.isfinite(a).all() for a in arrays), "means and covariances", "NaN or inf", "finite"
-    )
-    mu1, sigma1, mu2, sigma2 = arrays
-    factor = _factor(sigma1)
-    product = eigh(factor.T @ sigma2 @ factor, eigvals_only=True)
-    cross = np.sqrt(np.clip(product, 0, None)).sum()
-    return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
+    for name, array in arrays.items():
+        require(bool(np.isfinite(array).all()), name, "NaN or inf", "finite")
+    mu1, sigma1, mu2, sigma2 = arrays.values()
+    require_covariance("sigma1", sigma1)
+    require_covariance("sigma2", sigma2)
+    cross = svdvals(_factor(sigma1).T @ _factor(sigma2)).sum()
+    found = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross
+    return max(0.0, float(found))
 
 
 def moments_distance(a: Moments, b: Moments) -> float:
@@ -103,14 +173,13 @@ def leave_one_out(blocks: Sequence, statistic: Callable) -> tuple[float, list[fl
     """A statistic of a sum of blocks, and of the sum without each block in turn.
 
     Args:
-        blocks: at least two, of anything that adds and subtracts (``Moments``, numbers).
+        blocks: at least two, of anything that adds up (``Moments``, numbers).
         statistic: sum of blocks to a number.
     """
     require(len(blocks) > 1, "the number of blocks", len(blocks), "at least 2")
-    whole = blocks[0]
-    for block in blocks[1:]:
-        whole = whole + block
-    return statistic(whole), [statistic(whole - block) for block in blocks]
+    # Not the sum less the block: where that one is by far the largest, little is left but rounding.
+    rest = [[*blocks[:i], *blocks[i + 1 :]] for i in range(len(blocks))]
+    return statistic(reduce(add, blocks)), [statistic(reduce(add, each)) for each in rest]
 
 
 def jackknife_error(replicates: Sequence[float]) -> float:

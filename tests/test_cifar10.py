@@ -119,6 +119,15 @@ def test_the_published_binary_form(tmp_path):
     assert (data["test"].labels.numpy() == parts["test_batch.bin"][0]).all()
 
 
+def test_half_an_image_is_named(tmp_path):
+    with tarfile.open(tmp_path / "half.tar", "w") as tar:
+        info = tarfile.TarInfo("cifar-10-batches-bin/test_batch.bin")
+        info.size = 5000
+        tar.addfile(info, io.BytesIO(bytes(5000)))
+    with pytest.raises(ValueError, match="the bytes of .*test_batch.bin must be 3073 per image"):
+        load_cifar10_images(tmp_path / "half.tar")
+
+
 def test_what_is_no_cifar10_is_refused(images, archive, tmp_path):
     with pytest.raises(ValueError, match="images must be an existing folder"):
         load_cifar10_images(tmp_path / "none", COUNT)
@@ -531,7 +540,7 @@ def test_a_number_is_measured_on_it(small, tmp_path, monkeypatch):
 def test_fid_takes_the_same_images_to_the_published_network(small, monkeypatch):
     monkeypatch.setattr(loaders, "fetch", lambda asset: asset.name)
     monkeypatch.setattr(loaders, "inception_features", lambda path, device: (path, device))
-    monkeypatch.setattr(loaders, "read_statistics", lambda path: path)
+    monkeypatch.setattr(loaders, "load", lambda asset: asset.name)
     fid = load_dataset("cifar10_small_fid")
     assert fid.features == (loaders.INCEPTION, "cpu")
     assert fid.reference == {"fd": "fid-refs/cifar10-32x32.npz"}

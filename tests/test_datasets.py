@@ -38,6 +38,23 @@ def test_a_missing_file_is_named_with_its_remedy(models):
         load_weights("digits_classifier.safetensors", models)
 
 
+def test_where_it_was_installed_the_remedy_is_one_that_is_there(models, monkeypatch):
+    monkeypatch.setattr(loaders, "INSTALLED", True)
+    with pytest.raises(ValueError, match="is missing; copy it there from") as caught:
+        load_weights("cifar10_edm.safetensors", models, command="make models")
+    assert "make" not in str(caught.value)
+
+
+def test_sums_that_an_editor_touched_are_read(models):
+    sums = models / "SHA256SUMS"
+    lines = ["# of the release", "", *sums.read_text().splitlines(), " "]
+    sums.write_bytes("\r\n".join(lines).encode())
+    assert load_weights("digits_classifier.safetensors", models)[0]
+    sums.unlink()
+    with pytest.raises(ValueError, match="SHA256SUMS says nothing of it"):
+        load_weights("digits_classifier.safetensors", models)
+
+
 @pytest.mark.parametrize(
     "spoil",
     [

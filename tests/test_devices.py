@@ -205,8 +205,8 @@ def test_blocks_of_a_device_with_little_memory_are_the_same(room):
     for a, b in zip(whole, parts, strict=True):
         for name in ("a", "b"):
             assert a[name].count == b[name].count == 7
-            np.testing.assert_allclose(b[name].total, a[name].total, rtol=1e-12, atol=1e-12)
-            np.testing.assert_allclose(b[name].outer, a[name].outer, rtol=1e-12, atol=1e-12)
+            np.testing.assert_allclose(b[name].mean, a[name].mean, rtol=1e-12, atol=1e-12)
+            np.testing.assert_allclose(b[name].scatter, a[name].scatter, rtol=1e-12, atol=1e-12)
 
 
 def test_a_device_without_room_for_one_sample_is_named():

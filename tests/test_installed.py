@@ -77,3 +77,14 @@ def test_what_needs_the_study_says_how_to_install_it(site, tmp_path, code, needs
         f"import amedlib\ntry:\n    {code}\nexcept ImportError as error:\n    print(error)",
     )
     assert needs in found and "pip install 'amedlib[study]'" in found
+
+
+def test_what_a_wheel_lacks_is_not_made_by_make(site, tmp_path):
+    found = run(
+        site,
+        tmp_path,
+        "import amedlib\ntry:\n    amedlib.load_dataset('cifar10_small')\n"
+        "except ValueError as error:\n    print(error)",
+    )
+    assert found.startswith(f"The weights file {site}/amedlib/data/models/cifar10_edm.safetensors")
+    assert "copy it there from the folder data/models" in found and "make" not in found

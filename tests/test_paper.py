@@ -253,6 +253,16 @@ def test_reproduction_fails_when_a_number_moves(tmp_path, monkeypatch, capsys):
     assert "1 beyond their tolerance" in capsys.readouterr().out
 
 
+def test_a_reproduction_without_shipped_results_is_refused_at_once(tmp_path, monkeypatch, capsys):
+    """It computed for hours, to compare with nothing and agree."""
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "none")
+    monkeypatch.setattr(reproduce, "run_all", lambda *_, **__: pytest.fail("work was started"))
+    with pytest.raises(SystemExit) as ended:
+        reproduce.main(["digits", "--workers", "1"])
+    assert ended.value.code == 2
+    assert "none has no results of digits to compare with; --fill" in capsys.readouterr().err
+
+
 def test_estimates_keep_the_order_of_the_plan():
     frame = uncertainty.estimates(made_up_table(5.0, 7.0, noise=0.1))
     assert list(frame["method"]) == ["iPNDM", "AMED-Plugin"]

@@ -13,6 +13,7 @@ from toys import TinyNet
 
 from amedlib import geometry
 from amedlib.datasets import loaders
+from amedlib.metrics import Moments
 from amedlib.study import execute, procedures, store
 from amedlib.study.execute import run
 from amedlib.study.run import BLOCKS, Result, Run
@@ -390,3 +391,15 @@ def test_the_first_slope_of_a_gaussian_points_as_its_closed_form_says(tmp_path, 
     slope = x - (x + t**2 * mean) / (1 + t**2)
     cosine = (slope * x).sum(1) / np.linalg.norm(slope, axis=1) / np.linalg.norm(x, axis=1)
     assert found.value == pytest.approx(1 - cosine.mean(), rel=1e-9)
+
+
+def test_a_block_keeps_all_digits_of_its_moments(tmp_path):
+    x = np.random.default_rng(0).normal(size=(20, 3))
+    moments = {"fd": Moments.of(x + 1e8), "endpoint_error": Moments.of(x[:, :1])}
+    store.save_block(tmp_path / "0.safetensors", store.Block(moments, 5, 1.5, "a CPU"))
+    again = store.load_block(tmp_path / "0.safetensors")
+    assert again[1:] == (5, 1.5, "a CPU") and again.moments.keys() == moments.keys()
+    for name, each in moments.items():
+        assert again.moments[name].count == 20
+        np.testing.assert_array_equal(again.moments[name].mean, each.mean)
+        np.testing.assert_array_equal(again.moments[name].covariance, each.covariance)

@@ -15,13 +15,11 @@ import numpy as np
 import torch
 
 from amedlib.checks import require
+from amedlib.metrics import require_covariance
 
 # Of weights-inception-2015-12-05-6726825d.pth (torch-fidelity); pytorch-fid publishes the same file
 # as pt_inception-2015-12-05-6726825d.pth.
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-# How far from symmetric and positive semidefinite rounding can bring a covariance, as a part of its
-# largest variance.
-ROUNDING = 1e-6
 
 
 class Statistics(NamedTuple):
@@ -122,22 +120,5 @@ def read_statistics(path: Path | str) -> Statistics:
         "NaN or inf",
         "finite",
     )
-    tolerance = ROUNDING * np.abs(np.diag(covariance)).max()
-    asymmetry = np.abs(covariance - covariance.T).max()
-    require(asymmetry <= tolerance, f"sigma in {path}", f"asymmetry {asymmetry:.2g}", "symmetric")
-    require(
-        _is_semidefinite(covariance, tolerance),
-        f"sigma in {path}",
-        "a matrix with negative eigenvalues",
-        "a covariance, positive semidefinite",
-    )
+    require_covariance(f"sigma in {path}", covariance)
     return Statistics(mean, covariance)
-
-
-def _is_semidefinite(matrix, tolerance) -> bool:
-    """Whether no eigenvalue is below -tolerance; Cholesky is faster than eigenvalues."""
-    try:
-        np.linalg.cholesky(matrix + (tolerance + np.finfo(float).tiny) * np.eye(len(matrix)))
-    except np.linalg.LinAlgError:
-        return False
-    return True

@@ -11,10 +11,17 @@ import torch
 
 from amedlib.checks import one_of
 from amedlib.compute import best_device
-from amedlib.datasets.checkpoints import edm_network, load_pt
 from amedlib.datasets.entries import Entry, describe
-from amedlib.datasets.files import ASSETS, DATA, cache_folder, fetch, fingerprint
-from amedlib.datasets.inception import Statistics, inception_features, quantise_edm, read_statistics
+from amedlib.datasets.files import (
+    ASSETS,
+    DATA,
+    INSTALLED,
+    cache_folder,
+    fetch,
+    fingerprint,
+    load,
+)
+from amedlib.datasets.inception import Statistics, inception_features, quantise_edm
 from amedlib.denoisers import adm, edm, latent
 from amedlib.denoisers.cifar10 import Cifar10Classifier, moments_from_tensors, scaled
 from amedlib.denoisers.digits import (
@@ -79,16 +86,21 @@ def load_weights(
 ) -> tuple[dict, dict, str]:
     """Tensors, metadata and SHA-256 of a shipped weights file, checked against ``SHA256SUMS``.
 
-    ``command`` is what trains it.
+    ``command`` is what trains it, in a clone.
 
     Raises:
         ValueError: the file is missing, truncated or altered.
     """
     path = folder / name
     if not path.is_file():
-        raise ValueError(f"The weights file {path} is missing; `{command}` trains it again.")
+        remedy = f"`{command}` trains it again"
+        if INSTALLED:  # without the script, and of the weights with those of the digits alone
+            remedy = "copy it there from the folder data/models of the project's repository"
+        raise ValueError(f"The weights file {path} is missing; {remedy}.")
     found = hashlib.sha256(path.read_bytes()).hexdigest()
-    sums = dict(line.split()[::-1] for line in (folder / "SHA256SUMS").read_text().splitlines())
+    listed = folder / "SHA256SUMS"
+    lines = listed.read_text().splitlines() if listed.is_file() else []
+    sums = {line.split()[-1]: line.split()[0] for line in lines if line.strip()}
     if sums.get(name) != found:
         raise ValueError(
             f"The weights file {path} is not the one that was published: its SHA-256 is {found}, "
@@ -209,7 +221,7 @@ def _cifar10_small(entry: Entry, device: str) -> Dataset:
 def _cifar10_small_fid(entry: Entry, device: str) -> Dataset:
     def judge():
         features = inception_features(fetch(ASSETS[INCEPTION]), device)
-        return features, {"fd": read_statistics(fetch(ASSETS[entry.assets[-1]]))}
+        return features, {"fd": load(ASSETS[entry.assets[-1]])}
 
     return replace(_cifar10_small(entry, device), judge=judge, held_out=None)
 
@@ -226,7 +238,7 @@ def _of_files(entry: Entry, device: str, network, labels=None) -> Dataset:
 
     def judge():
         features = inception_features(fetch(ASSETS[INCEPTION]), device)
-        return features, {"fd": read_statistics(fetch(ASSETS[entry.assets[-1]]))}
+        return features, {"fd": load(ASSETS[entry.assets[-1]])}
 
     return Dataset(
         **vars(entry),
@@ -246,17 +258,16 @@ def _classes(network, device) -> Callable | None:
 
 
 def _edm(entry: Entry, device: str) -> Dataset:
-    network = edm_network(fetch(ASSETS[entry.assets[0]]))
+    network = load(ASSETS[entry.assets[0]])
     return _of_files(entry, device, network, _classes(network, device))
 
 
 def _consistency(entry: Entry, device: str) -> Dataset:
-    return _of_files(entry, device, adm.cm_denoiser(load_pt(fetch(ASSETS[entry.assets[0]]))))
+    return _of_files(entry, device, load(ASSETS[entry.assets[0]]))
 
 
 def _guided(entry: Entry, device: str) -> Dataset:
-    network, classifier = (load_pt(fetch(ASSETS[name])) for name in entry.assets[:2])
-    network, classifier = adm.adm_denoiser(network), adm.adm_classifier(classifier)
+    network, classifier = (load(ASSETS[name]) for name in entry.assets[:2])
     guided = adm.GuidedDenoiser(network, classifier, entry.guidance)
     return _of_files(entry, device, guided, _classes(network, device))
 
@@ -284,7 +295,7 @@ def _latent_bedroom(entry: Entry, device: str) -> Dataset:
 
     def judge():
         features = inception_features(fetch(ASSETS[INCEPTION]), device)
-        return features, {"fd": read_statistics(fetch(ASSETS[entry.assets[-1]]))}
+        return features, {"fd": load(ASSETS[entry.assets[-1]])}
 
     weights = hashlib.sha256((folder / "unet/diffusion_pytorch_model.safetensors").read_bytes())
     return _of_latents(entry, device, network, judge, None, weights.hexdigest()[:12])

@@ -89,7 +89,9 @@ def _decoded(path: Path, content: bytes):
     if path.suffix == ".bin":
         # A record is the label and the three colour planes, a byte each.
         part = "test" if path.stem == "test_batch" else "train"
-        records = np.frombuffer(content, np.uint8).reshape(-1, 1 + 3 * 32 * 32)
+        size = 1 + 3 * 32 * 32
+        require(len(content) % size == 0, f"the bytes of {path}", len(content), f"{size} per image")
+        records = np.frombuffer(content, np.uint8).reshape(-1, size)
         for record in records:
             yield part, int(record[0]), record[1:].reshape(3, 32, 32)
     elif path.suffix == ".jpg":
@@ -177,6 +179,6 @@ def moments_from_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, list[Mom
     for name in (key.removesuffix("/count") for key in tensors if key.endswith("/count")):
         count, total, outer = (tensors[f"{name}/{field}"].numpy() for field in _FIELDS)
         blocks[name] = [
-            Moments(int(n), *sums) for n, *sums in zip(count, total, outer, strict=True)
+            Moments.from_sums(int(n), *sums) for n, *sums in zip(count, total, outer, strict=True)
         ]
     return blocks

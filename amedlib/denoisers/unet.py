@@ -65,10 +65,14 @@ class _UNet(nn.Module):
             require(0 <= value < 1, name, value, "in [0, 1)")
         self.label_dropout = label_dropout
         self.bottleneck_size = (img_resolution // factor, img_resolution // factor)
-        # resolution to channels, from the image's on
-        self.channels = {
-            img_resolution >> n: model_channels * m for n, m in enumerate(channel_mult)
-        }
+        self.widths = [
+            (img_resolution >> n, model_channels * m) for n, m in enumerate(channel_mult)
+        ]
+
+    @property
+    def channels(self) -> dict[int, int]:
+        """Resolution to channels, from the image's on."""
+        return dict(self.widths)
 
     def _add_blocks(self, in_channels, first, num_blocks, attn_resolutions, **options):
         """Encoder and decoder, in the order of EDM; ``first`` channels leave the first layer."""

@@ -114,12 +114,12 @@ def make_block(run: Run, context: Context, index: int) -> Block:
     start = time.perf_counter()
     moments, nfe = add_up(blocks_of(run)[index].tolist(), context.data.batch, measure)
     for name, found in moments.items():
-        require(bool(np.isfinite(found.total).all()), f"{name} of samples", "NaN or inf", "finite")
+        require(bool(np.isfinite(found.mean).all()), f"{name} of samples", "NaN or inf", "finite")
     return Block(moments, nfe, time.perf_counter() - start, device_name(context.device))
 
 
 def _root_mean_square(moments: Moments) -> float:
-    return float(np.sqrt(np.trace(moments.outer) / moments.count))
+    return float(np.sqrt(moments.mean @ moments.mean + np.trace(moments.scatter) / moments.count))
 
 
 def qualities(run: Run) -> list[str]:
@@ -313,9 +313,10 @@ def _measure_local_error(run: Run, context: Context) -> Callable:
         latents, labels = context.latents(seeds), context.labels(seeds)
         truth = geometry.accurate_solution(denoiser, latents, times, refined, accurate, labels)
         errors = geometry.local_errors(denoiser, truth, times, solver, intermediate, labels)
-        # Mean squares add up over batches; errors are already root mean squares of this one.
-        total = len(seeds) * errors.square().cpu().numpy()
-        return {"square": Moments(len(seeds), total, np.zeros(()))}, run.nfe
+        # Mean squares add up over batches; errors are already root mean squares of this one, whose
+        # scatter is not known.
+        mean = errors.square().cpu().numpy()
+        return {"square": Moments(len(seeds), mean, np.full((len(mean),) * 2, np.nan))}, run.nfe
 
     return measure
 

@@ -95,11 +95,15 @@ def main(arguments=None) -> int:
     parser.add_argument("--device")
     given = parser.parse_args(arguments)
     into = RESULTS if given.fill else AGAIN
+    old = {result.run.key: result for result in stored(given.dataset, RESULTS)}
+    if not (old or given.fill):  # as where the library was installed: results stay in a clone
+        parser.error(
+            f"{RESULTS} has no results of {given.dataset} to compare with; --fill makes them."
+        )
     cluster = given.cluster or (given.workers if given.workers > 1 else None)
     run_all(plans.whole_study(given.dataset), into, given.device, cluster=cluster)
     if given.fill:
         return 0
-    old = {result.run.key: result for result in stored(given.dataset, RESULTS)}
     new = {result.run.key: result for result in stored(given.dataset, into)}
     frame = compare([(old[key], new[key]) for key in old], retrained=True)
     moved = frame[~frame["agrees"]]

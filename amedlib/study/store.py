@@ -201,7 +201,7 @@ def load_block(path: Path) -> Block | None:
     moments = {
         name.removesuffix("/count"): Moments(
             int(tensors[name]),
-            *(tensors[name.replace("/count", part)].numpy() for part in ("/total", "/outer")),
+            *(tensors[name.replace("/count", part)].numpy() for part in ("/mean", "/scatter")),
         )
         for name in tensors
         if name.endswith("/count")
@@ -213,7 +213,7 @@ def save_block(path: Path, block: Block) -> None:
     tensors = {
         f"{name}/{part}": torch.as_tensor(getattr(moments, part))
         for name, moments in block.moments.items()
-        for part in ("count", "total", "outer")
+        for part in ("count", "mean", "scatter")
     }
     about = {name: value for name, value in block._asdict().items() if name != "moments"}
     save_tensors(path, tensors, {"block": json.dumps(about)})

@@ -192,7 +192,7 @@ def publish(*names):
     """Enter files that were just written into SHA256SUMS; the lines of the others stay."""
     path = HERE / "SHA256SUMS"
     lines = path.read_text().splitlines() if path.exists() else []
-    sums = dict(line.split()[::-1] for line in lines)
+    sums = dict(line.split()[::-1] for line in lines if line.strip())
     for name in names:
         sums[name] = hashlib.sha256((HERE / name).read_bytes()).hexdigest()
     path.write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))

@@ -493,7 +493,7 @@ def enter_sums(into: Path):
     """Enter the three files into SHA256SUMS; the lines of others stay."""
     path = into / "SHA256SUMS"
     lines = path.read_text().splitlines() if path.exists() else []
-    sums = dict(line.split()[::-1] for line in lines)
+    sums = dict(line.split()[::-1] for line in lines if line.strip())
     for name in ("cifar10_edm", "cifar10_classifier", "cifar10_moments"):
         file = f"{name}.safetensors"
         sums[file] = hashlib.sha256((into / file).read_bytes()).hexdigest()

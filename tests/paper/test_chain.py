@@ -37,7 +37,6 @@ from IPython.utils.capture import capture_output
 from pandas.io.formats.style import Styler
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
-from scipy.linalg.lapack import dpstrf
 from test_denoisers_adm import TINY, reference
 from test_inception_features import Blank
 from test_latent import (
@@ -71,6 +70,7 @@ from amedlib.denoisers.unet import DhariwalUNet, SongUNet
 from amedlib.files import load_tensors
 from amedlib.sampling import make_latents
 from amedlib.study import execute, plans, procedures, store, uncertainty
+from amedlib.study import run as runs
 from amedlib.study.store import predictor_path, result_path
 
 SAMPLES = 8
@@ -334,8 +334,7 @@ def smaller(monkeypatch, folder):
     monkeypatch.setattr(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", 75)
     enlarged = metrics._enlarged
     monkeypatch.setattr(metrics, "_enlarged", lambda images, side: enlarged(images, 32))
-    monkeypatch.setattr(metrics, "_factor", pivoted_cholesky)
-    for module in (execute, procedures, store, uncertainty):
+    for module in (execute, procedures, runs, store, uncertainty):
         monkeypatch.setattr(module, "BLOCKS", 2)
     monkeypatch.setattr(store, "SOLUTION", store.SOLUTION | {"num_steps": 9})
     loaders._load.cache_clear()
@@ -349,14 +348,6 @@ def smaller(monkeypatch, folder):
     yield
     loaders._load.cache_clear()
     assert not outside
-
-
-def pivoted_cholesky(matrix):
-    """The library's factor in less than a tenth of the time, where the rank is small."""
-    factor, pivots, rank, _ = dpstrf(matrix, lower=1)
-    rows = np.empty((len(matrix), rank))
-    rows[pivots - 1] = np.tril(factor[:, :rank])
-    return rows
 
 
 @pytest.fixture

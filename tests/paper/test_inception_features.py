@@ -106,7 +106,9 @@ def test_streamed_distance_is_that_of_torch_fidelity(features):
     streamed = [Moments.of(f[:7]) + Moments.of(f[7:20]) + Moments.of(f[20:]) for f in found]
     # 24 images leave the covariance of 12 features regular, and that of 256 singular
     for d in (12, 256):
-        ours = moments_distance(*(Moments(m.count, m.total[:d], m.outer[:d, :d]) for m in streamed))
+        ours = moments_distance(
+            *(Moments(m.count, m.mean[:d], m.scatter[:d, :d]) for m in streamed)
+        )
         statistics = [fid_features_to_statistics(f[:, :d].contiguous()) for f in found]
         theirs = fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
         assert ours == pytest.approx(theirs, rel=1e-5)  # torch-fidelity takes the mean in float32

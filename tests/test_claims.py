@@ -624,7 +624,7 @@ def test_the_ledger_reads_and_never_computes(tmp_path, monkeypatch):
     }
     assert {row["verdict"] for row in ledger["endpoint_error"]} == {"not run"}
     assert claims.rank_agreement("digits", results_dir=tmp_path).empty
-    html = tables.ledger(ledger).to_html()
+    html = tables.ledger_table(ledger).to_html()
     assert "– not run" in html and '<a href="table2.html">table2</a>' in html
 
 
@@ -641,7 +641,7 @@ def test_a_store_with_a_part_of_a_table(tmp_path):
     assert ledger.loc["single-step", "fd"]["verdict"] == "not run"
     assert ledger.loc["best-is-ours", "fd"]["verdict"] == "not run"  # the best of what is not there
     assert ledger.loc["plugin", "endpoint_error"]["verdict"] == "not run"
-    assert "✓ 1, ✗ 0, ? 0 of 4" in tables.ledger(ledger.reset_index()).to_html()
+    assert "✓ 1, ✗ 0, ? 0 of 4" in tables.ledger_table(ledger.reset_index()).to_html()
 
 
 def test_verdict_tables_show_both_verdicts_and_what_is_pooled():

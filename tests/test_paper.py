@@ -272,7 +272,9 @@ def test_estimates_keep_the_order_of_the_plan():
 def test_the_readme_states_the_shipped_results():
     """Every number of its headline, computed again from data/results."""
     measured = execute.measure(plans.table2("digits"), progress=False)
-    numbers = page.headline(uncertainty.estimates(measured), claims.judge("table2", measured))
+    numbers = page.headline_numbers(
+        uncertainty.estimates(measured), claims.judge("table2", measured)
+    )
     readme = (store.RESULTS.parent.parent / "README.md").read_text()
     for method in ("AMED-Plugin", "iPNDM", "AMED-Solver", "DPM-Solver-2", "DPM-Solver++(3M)"):
         assert f"| {numbers[f'table2_{method}']} |" in readme

@@ -298,7 +298,7 @@ def _planned(source: str, dataset: str, metric: str) -> pd.DataFrame | None:
         return plans.table(int(source.removeprefix("table")), dataset, metric=metric)
     own = {name: name for name in ("table1", "figure4", "figure5", "figure7")}
     own["figure10"] = "figure4"  # the same trajectories
-    own["centring"] = "first_slope"
+    own["centring"] = "slope_angle"
     if source in own and metric == METRICS[0]:
         return getattr(plans, own[source])(dataset)
     return None

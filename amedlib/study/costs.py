@@ -20,7 +20,7 @@ from amedlib.datasets.loaders import load_weights
 from amedlib.denoisers import edm
 from amedlib.files import load_tensors
 from amedlib.study import plans
-from amedlib.study.procedures import Context, grid_search
+from amedlib.study.procedures import Context, relative_alignment
 from amedlib.study.published import published
 from amedlib.study.run import BLOCKS, Run
 from amedlib.study.store import RESULTS, load_result, predictor_path
@@ -69,7 +69,7 @@ def search_evaluations(search: Run) -> int:
     """Network evaluations of a Run of ``"grid_search"``, counted on a few samples."""
     counter, few = _Counter(), replace(search, samples=2 * BLOCKS)
     data = SimpleNamespace(denoiser=counter, shape=(1, 1, 1), labels=None, batch=few.samples)
-    grid_search(few, Context(data, Path(), "cpu", progress=False))
+    relative_alignment(few, Context(data, Path(), "cpu", progress=False))
     return counter.images // few.samples * search.samples
 
 

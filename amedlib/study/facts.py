@@ -248,7 +248,7 @@ def _printed_twice(cells, results_dir):
             row.nfe,
             _fact(row.difference == 0),
         )
-        for row in audit.pairs(audit.cells()).itertuples()
+        for row in audit.repeated_cells(audit.cells()).itertuples()
     ]
 
 

@@ -141,7 +141,7 @@ def against_loss(found: pd.DataFrame, unit: str) -> Figure:
     return figure
 
 
-def trajectory_pca(curves: dict) -> Figure:
+def trajectory_pca_figure(curves: dict) -> Figure:
     """Figure 4: relative projection error along t, and cumulative variance of the components."""
     figure, axes = _panels(2)
     left, right = axes[0]
@@ -182,7 +182,7 @@ def alignment(curves: dict[str, dict]) -> Figure:
     return figure
 
 
-def learned_r(panels: dict[str, dict[int, list[dict]]]) -> Figure:
+def learned_r_figure(panels: dict[str, dict[int, list[dict]]]) -> Figure:
     """Figure 7: r_n of every step, a panel per predictor and a line per NFE.
 
     Args:
@@ -207,7 +207,7 @@ def learned_r(panels: dict[str, dict[int, list[dict]]]) -> Figure:
     return figure
 
 
-def local_errors(curves: dict[str, dict]) -> Figure:
+def local_errors_figure(curves: dict[str, dict]) -> Figure:
     """Table 1, measured: error of one step from the solution, for every step."""
     figure, axes = _panels(1, width=6)
     ax = axes[0][0]
@@ -220,7 +220,7 @@ def local_errors(curves: dict[str, dict]) -> Figure:
     return figure
 
 
-def gains(panels: dict[str, pd.DataFrame], ylabels) -> Figure:
+def gains_figure(panels: dict[str, pd.DataFrame], ylabels) -> Figure:
     """What AMED-Plugin's gains are made of: plain solver, with AFS, with AFS and a learned step.
 
     Args:

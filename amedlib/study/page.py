@@ -204,7 +204,7 @@ def plugin_numbers(measured: pd.DataFrame, endpoint: pd.DataFrame) -> dict[str, 
     return numbers
 
 
-def headline(ours: pd.DataFrame, judged: pd.DataFrame, nfe: int = 5) -> dict[str, str]:
+def headline_numbers(ours: pd.DataFrame, judged: pd.DataFrame, nfe: int = 5) -> dict[str, str]:
     """Numbers for the book's first page: quality at one NFE, counts of corrected verdicts."""
     numbers = {
         f"table2_{row.method}": with_interval(row.value, row.half)

@@ -290,7 +290,7 @@ def deviation(curves: dict, bounds: dict[str, np.ndarray]) -> Figure:
     return figure
 
 
-def proposition(found: pd.DataFrame, bounds: dict[str, np.ndarray]) -> Figure:
+def proposition_figure(found: pd.DataFrame, bounds: dict[str, np.ndarray]) -> Figure:
     """Proposition 1: parts of the error of one AMED step, and bounds, over where steps start.
 
     Args:

@@ -151,7 +151,7 @@ def verdict_table(judged: pd.DataFrame):
     return _with_caption(frame, text + ".")
 
 
-def ledger(claims: pd.DataFrame):
+def ledger_table(claims: pd.DataFrame):
     """The ledger: a claim per row with its mark here and in the paper, and where the evidence is.
 
     Args:

@@ -15,8 +15,8 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from amedlib.checks import require
 from amedlib.datasets.entries import Entry, describe
-from amedlib.study import plans
-from amedlib.study.execute import run
+from amedlib.study import figures, plans, tables
+from amedlib.study.execute import measure, run
 from amedlib.study.parameters import check
 from amedlib.study.published import ROWS, across_nfe, published, row_names
 from amedlib.study.run import Result, Run
@@ -111,6 +111,27 @@ def cells_caption(number: int, dataset: str, measured: pd.DataFrame) -> None:
         f"ours in bold. Trainings of learned steps: {trained or 'none'}.{one} Beside or "
         f"below them the paper's FID on {theirs}."
     )
+
+
+def show_cells(
+    number: int, dataset: str, nfes, seeds, n_samples, metric="fd", figure=False, **how
+) -> pd.DataFrame:
+    """Measure one of Tables 3 to 13 and show it with its caption, and as a figure if asked.
+
+    Args:
+        number, dataset, nfes, seeds, n_samples, metric: as in ``plans.table``.
+        how: of ``begin``.
+
+    Returns:
+        What was measured: the plan with its results.
+    """
+    measured = measure(plans.table(number, dataset, nfes, seeds, n_samples, metric), **how)
+    unit = "endpoint error" if metric != "fd" else describe(dataset).feature_distance_name
+    display(tables.cells_table(number, measured, unit))
+    cells_caption(number, dataset, measured)
+    if figure:
+        display(figures.cells_figure(number, measured, unit))
+    return measured
 
 
 def benchmarks(path: Path) -> dict:

@@ -19,11 +19,7 @@ from amedlib.study.uncertainty import Estimate, difference, estimate, estimates,
 
 # --- verdicts -----------------------------------------------------------------------------------
 
-# What a claim is tested by: `better` - `factor` x `worse` < `limit`, for all pairs of rows of the
-# plan `source` that agree in `same`; or a function of `TESTS`.
 PRINTED = [f"table{number}" for number in range(2, 14)]
-
-
 # A printed number counts as reached within this part of it.
 WITHIN = 0.05
 
@@ -266,12 +262,6 @@ def _comparison(claim: dict, better: str, worse: str, nfe, found: Estimate) -> d
         "p_value": found.p_value,
         "pooled": found.pooled is not None,
     }
-
-
-#
-# Each function takes the cells of its source and the folder of results, and returns comparisons:
-# what is better, what is worse, NFE, and the Estimate of a difference that is claimed to be
-# negative.
 
 
 # --- the ledger -----------------------------------------------------------------------------------

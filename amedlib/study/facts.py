@@ -252,6 +252,9 @@ def _printed_twice(cells, results_dir):
     ]
 
 
+# Each function takes the cells of its source and the folder of results, and returns comparisons:
+# what is better, what is worse, NFE, and the Estimate of a difference that is claimed to be
+# negative.
 TESTS = {
     "degradation": _degradation,
     "plane_variance": _plane_variance,

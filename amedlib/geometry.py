@@ -90,6 +90,9 @@ def _check_truth(truth, times):
 class GridSearch(NamedTuple):
     """Result of ``grid_search``. The relative alignment of Fig. 5 is ``baseline - searched``.
 
+    Distances that decide are those of the state as stepped to; ``baseline`` and ``searched`` are
+    those of the states of ``sample``, which for UniPC are the corrected ones.
+
     Attributes:
         r: the r kept for each interval, [N-1].
         errors: mean distance to the truth for every r that was tried, [N-1, len(grid)].
@@ -101,6 +104,47 @@ class GridSearch(NamedTuple):
     errors: torch.Tensor
     baseline: torch.Tensor
     searched: torch.Tensor
+
+
+def _advanced(sampler, intermediate, known):
+    """A copy of a sampler, one interval on."""
+    trial = copy(sampler)
+    trial.history, trial.intermediate = sampler.history.copy(), intermediate
+    trial.advance(known)
+    return trial
+
+
+def _search_interval(samplers, truth, candidates):
+    """Every candidate is tried on one interval.
+
+    Args:
+        samplers: of the parts of the samples.
+        truth: their states at the end of the interval, one per part.
+
+    Returns:
+        The mean distance for every candidate, and the samplers, one interval on with the best.
+    """
+    first, total, known = samplers[0], 0.0, []
+    t_cur, free = first.times[first.interval], first.afs and first.interval == 0
+    for sampler, end in zip(samplers, truth, strict=True):
+        # One evaluation at t_cur serves every r.
+        known.append(None if free else (sampler.denoiser(sampler.x, t_cur, sampler.labels), None))
+        trials = [_advanced(sampler, r, known[-1]) for r in candidates]
+        total += torch.stack([distance(trial.x, end).sum() for trial in trials])
+    errors = total / sum(map(len, truth))
+    best = int(errors.argmin())
+    # The trials of the last part are at hand; those of the others were too many to keep.
+    again = zip(samplers[:-1], known[:-1], strict=True)
+    return errors, [*(_advanced(s, candidates[best], d) for s, d in again), trials[best]]
+
+
+def _mean_distances(denoiser, parts, times, solver, afs, r):
+    """Mean distance to the truth at times[1:] with a table of r, [N-1]."""
+    total = 0.0
+    for latents, truth, labels in parts:
+        run = denoiser, latents, times, solver, afs, TimeWise(r), labels
+        total += distance(sample(*run, trajectory=True).trajectory, truth)[1:].sum(1)
+    return total / sum(len(latents) for latents, *_ in parts)
 
 
 @torch.no_grad()
@@ -120,9 +164,6 @@ def grid_search(
     From where the searched trajectory stands, with its history, every r of the grid is tried; the
     one that ends nearest to the truth, in the mean over samples, is kept.
 
-    Distances that decide are those of the state as stepped to; ``baseline`` and ``searched`` are
-    those of the states of ``sample``, which for UniPC are the corrected ones.
-
     Args:
         denoiser, latents, times, solver, afs, labels: as in ``sample``.
         truth: [N, B, C, H, W], truth[i] at times[i]; see ``accurate_solution``.
@@ -137,56 +178,24 @@ def grid_search(
     require(len(candidates) > 0, "grid", list(grid), "at least one r")
     check_inputs(denoiser, latents, times, solver, candidates[0])
     _check_truth(truth, times)
-    shape = list(latents.shape)
-    require(
-        list(truth.shape[1:]) == shape, "the truth's samples", list(truth.shape[1:]), f"{shape}"
-    )
+    given, shape = list(truth.shape[1:]), list(latents.shape)
+    require(given == shape, "the truth's samples", given, f"{shape}")
     batch = len(latents) if batch is None else batch
-    parts = [slice(first, first + batch) for first in range(0, len(latents), batch)]
-    some = [None if labels is None else labels[part] for part in parts]
-    x = latents.to(torch.float64) * times[0]
-
-    def attempt(sampler, r, known):
-        trial = copy(sampler)
-        trial.history, trial.intermediate = sampler.history.copy(), r
-        trial.advance(known)
-        return trial
-
-    searched = [
-        Sampler(denoiser, x[part], times, solver, afs, candidates[0], y)
-        for part, y in zip(parts, some, strict=True)
+    some = [slice(first, first + batch) for first in range(0, len(latents), batch)]
+    parts = [(latents[i], truth[:, i], None if labels is None else labels[i]) for i in some]
+    samplers = [
+        Sampler(denoiser, x.to(torch.float64) * times[0], times, solver, afs, candidates[0], y)
+        for x, _, y in parts
     ]
-    best, errors = [], []
-    for i, t_cur in enumerate(times[:-1]):
-        # One evaluation at t_cur serves every r.
-        known = [
-            None if afs and i == 0 else (denoiser(sampler.x, t_cur, sampler.labels), None)
-            for sampler in searched
-        ]
-        total = 0.0
-        for part, sampler, evaluated in zip(parts, searched, known, strict=True):
-            trials = [attempt(sampler, r, evaluated) for r in candidates]
-            total += torch.stack([distance(t.x, truth[i + 1, part]).sum() for t in trials])
-        errors.append(total / len(latents))
-        best.append(int(errors[-1].argmin()))
-        # The trials of the last part are at hand; those of the others were too many to keep.
-        kept = candidates[best[-1]]
-        again = zip(searched[:-1], known[:-1], strict=True)
-        searched = [*(attempt(sampler, kept, d) for sampler, d in again), trials[best[-1]]]
-
-    def distances(r):
-        total = 0.0
-        for part, y in zip(parts, some, strict=True):
-            out = sample(
-                denoiser, latents[part], times, solver, afs, TimeWise(r), y, trajectory=True
-            )
-            total += distance(out.trajectory, truth[:, part])[1:].sum(1)
-        return total / len(latents)
-
-    r = [float(grid[j]) for j in best]
-    return GridSearch(
-        torch.tensor(r, dtype=torch.float64), torch.stack(errors), distances(0.5), distances(r)
+    errors = []
+    for i in range(1, len(times)):
+        found, samplers = _search_interval(samplers, [ends[i] for _, ends, _ in parts], candidates)
+        errors.append(found)
+    r = [float(grid[int(found.argmin())]) for found in errors]
+    baseline, searched = (
+        _mean_distances(denoiser, parts, times, solver, afs, each) for each in (0.5, r)
     )
+    return GridSearch(torch.tensor(r, dtype=torch.float64), torch.stack(errors), baseline, searched)
 
 
 @torch.no_grad()
@@ -227,6 +236,17 @@ def local_errors(
         sampler.advance()
         errors.append(rms_distance(sampler.x, end))
     return torch.stack(errors)
+
+
+def _solution(sampler, every):
+    """Every so many states of a sampler that runs to the end, [N, B, C, H, W]."""
+    states = []
+    for i in range(len(sampler.times) - 1):
+        sampler.advance()
+        if i % every == 0:
+            states.append(sampler.start)
+    sampler.finish()
+    return torch.stack([*states, sampler.x])
 
 
 @torch.no_grad()
@@ -275,12 +295,5 @@ def accurate_solution(
     for first in range(0, len(latents), batch):
         x = latents[first : first + batch].to(torch.float64) * refined[0]
         some = None if labels is None else labels[first : first + batch]
-        sampler = Sampler(denoiser, x, refined, solver, labels=some)
-        states = []
-        for i in range(len(refined) - 1):
-            sampler.advance()
-            if i % every == 0:
-                states.append(sampler.start)
-        sampler.finish()
-        parts.append(torch.stack([*states, sampler.x]))
+        parts.append(_solution(Sampler(denoiser, x, refined, solver, labels=some), every))
     return torch.cat(parts, dim=1)

@@ -207,6 +207,28 @@ def _enlarged(images, side):
     return functional.interpolate(images, size=size, mode="bilinear")
 
 
+def _load_backbone(network, published, net, backbone):
+    """The weights of a file, or those that torchvision publishes, for lpips's network."""
+    try:
+        if backbone is None:
+            weights = published.get_state_dict(check_hash=True, weights_only=True, progress=False)
+        else:
+            weights = torch.load(backbone, map_location="cpu", weights_only=True)
+        # lpips cuts torchvision's layers into slices: "slice2.5.weight" is "features.5.weight"
+        names = {name: "features." + name.split(".", 1)[1] for name in network.state_dict()}
+        network.load_state_dict({ours: weights[theirs] for ours, theirs in names.items()})
+    except Exception as error:  # whatever a network or a damaged file can raise
+        reason = type(error).__name__
+        if backbone is None:
+            raise OSError(
+                f"The weights of {_BACKBONES[net]} for LPIPS could not be downloaded or read "
+                f"({reason}); give a copy of {published.url} as backbone."
+            ) from error
+        raise ValueError(
+            f"The file {backbone} does not hold torchvision's {_BACKBONES[net]} weights ({reason})."
+        ) from error
+
+
 def lpips_distance(net: str = "vgg", backbone: Path | str | None = None) -> Callable:
     """LPIPS (Zhang et al., 2018) through the package lpips: images in [-1, 1], twice, to [B].
 
@@ -232,29 +254,11 @@ def lpips_distance(net: str = "vgg", backbone: Path | str | None = None) -> Call
             "LPIPS needs the packages of the paper extra: pip install 'amedlib[paper]'."
         ) from error
     one_of("net", net, _BACKBONES)
-    published = get_model_weights(_BACKBONES[net]).DEFAULT
-    # lpips would unpickle the weights of the backbone: it makes random ones, replaced below.
+    # lpips would unpickle the weights of the backbone: it makes random ones, replaced here.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
         model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-    try:
-        if backbone is None:
-            weights = published.get_state_dict(check_hash=True, weights_only=True, progress=False)
-        else:
-            weights = torch.load(backbone, map_location="cpu", weights_only=True)
-        # lpips cuts torchvision's layers into slices: "slice2.5.weight" is "features.5.weight"
-        names = {name: "features." + name.split(".", 1)[1] for name in model.net.state_dict()}
-        model.net.load_state_dict({ours: weights[theirs] for ours, theirs in names.items()})
-    except Exception as error:  # whatever a network or a damaged file can raise
-        reason = type(error).__name__
-        if backbone is None:
-            raise OSError(
-                f"The weights of {_BACKBONES[net]} for LPIPS could not be downloaded or read "
-                f"({reason}); give a copy of {published.url} as backbone."
-            ) from error
-        raise ValueError(
-            f"The file {backbone} does not hold torchvision's {_BACKBONES[net]} weights ({reason})."
-        ) from error
+    _load_backbone(model.net, get_model_weights(_BACKBONES[net]).DEFAULT, net, backbone)
     model.requires_grad_(False)
 
     def distance(x, y):

@@ -111,6 +111,32 @@ def canonical_rho(name: str, rho: float | None) -> float | None:
     return float(rho)
 
 
+def _range(name, sigma_min, sigma_max, rho) -> tuple[float, float, float]:
+    """The ends and the exponent of a schedule, checked."""
+    for given, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max), ("rho", rho)):
+        require(is_number(value) or given == "rho" and rho is None, given, value, "a number")
+    sigma_min, sigma_max = float(sigma_min), float(sigma_max)
+    require(
+        0 < sigma_min < sigma_max < math.inf,
+        "sigma_min and sigma_max",
+        (sigma_min, sigma_max),
+        "finite with 0 < sigma_min < sigma_max",
+    )
+    rho = DEFAULT_RHO.get(name, 1.0) if rho is None else rho
+    require(0 < rho < math.inf, "rho", rho, "a positive number")
+    return sigma_min, sigma_max, float(rho)
+
+
+def _points(name, u, sigma_min, sigma_max, rho, sigmas):
+    if name == "polynomial":
+        return _polynomial(u, sigma_min, sigma_max, rho)
+    if name == "logsnr":
+        return _logsnr(u, sigma_min, sigma_max)
+    if name == "time_uniform":
+        return _time_uniform(u, sigma_min, sigma_max, rho)
+    return _discrete(u, sigma_min, sigma_max, "stable_diffusion" if sigmas is None else sigmas)
+
+
 def make_schedule(
     name: str = "polynomial",
     num_steps: int = 6,
@@ -143,32 +169,12 @@ def make_schedule(
         10**6,
         "a whole number up to a million and of at least 2 time points",
     )
-    for given, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max), ("rho", rho)):
-        require(is_number(value) or given == "rho" and rho is None, given, value, "a number")
-    sigma_min, sigma_max = float(sigma_min), float(sigma_max)
-    require(
-        0 < sigma_min < sigma_max < math.inf,
-        "sigma_min and sigma_max",
-        (sigma_min, sigma_max),
-        "finite with 0 < sigma_min < sigma_max",
-    )
-    if rho is None:
-        rho = DEFAULT_RHO.get(name, 1.0)
-    require(0 < rho < math.inf, "rho", rho, "a positive number")
-    rho = float(rho)
+    sigma_min, sigma_max, rho = _range(name, sigma_min, sigma_max, rho)
     u = torch.arange(num_steps, dtype=torch.float64, device="cpu") / (num_steps - 1)
     try:
-        if name == "polynomial":
-            times = _polynomial(u, sigma_min, sigma_max, rho)
-        elif name == "logsnr":
-            times = _logsnr(u, sigma_min, sigma_max)
-        elif name == "time_uniform":
-            times = _time_uniform(u, sigma_min, sigma_max, rho)
-        else:
-            sigmas = "stable_diffusion" if sigmas is None else sigmas
-            times = _discrete(u, sigma_min, sigma_max, sigmas)
+        times = _points(name, u, sigma_min, sigma_max, rho, sigmas)
         # The ends are what was asked for, to the last bit.
-        times[0], times[-1] = float(sigma_max), float(sigma_min)
+        times[0], times[-1] = sigma_max, sigma_min
     except (OverflowError, ZeroDivisionError):
         times = torch.full_like(u, torch.nan)
     require(

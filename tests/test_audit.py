@@ -56,7 +56,7 @@ DPM2 = {"method": "DPM-Solver-2", "nfe": 6}
     ],
 )
 def test_pairs_are_the_same_experiment(a, b, same):
-    found = audit.pairs(made_up((2, 7.0, a), (9, 7.5, b)))
+    found = audit.repeated_cells(made_up((2, 7.0, a), (9, 7.5, b)))
     assert len(found) == same
     if same:
         row = found.iloc[0]
@@ -66,10 +66,10 @@ def test_pairs_are_the_same_experiment(a, b, same):
 
 def test_a_number_under_another_label_is_found():
     frame = made_up((2, 7.0, {"afs": True}), (8, 9.0, {"afs": True}), (8, 7.0, {}))
-    (elsewhere,) = audit.pairs(frame)["elsewhere"]
+    (elsewhere,) = audit.repeated_cells(frame)["elsewhere"]
     assert elsewhere == "7.00: Table 8, iPNDM"
     frame.loc[2, "value"] = 8.0
-    assert list(audit.pairs(frame)["elsewhere"]) == [""]
+    assert list(audit.repeated_cells(frame)["elsewhere"]) == [""]
 
 
 def test_shipped_pairs_agree_with_a_second_count():
@@ -88,7 +88,7 @@ def test_shipped_pairs_agree_with_a_second_count():
                 key = (solver, r, *(row[k] for k in ("dataset", "afs", "amed", "schedule")))
                 kept.append((key + (row["guidance"], row["nfe"]), number, float(row["value"])))
     pairs = [(a, b) for a, b in itertools.combinations(kept, 2) if a[0] == b[0]]
-    found = audit.pairs(audit.cells())
+    found = audit.repeated_cells(audit.cells())
     assert len(found) == len(pairs) == 100
     assert (found["difference"] == 0).sum() == sum(a[2] == b[2] for a, b in pairs) == 88
     counted = Counter((a[1], b[1]) for a, b in pairs)
@@ -98,7 +98,7 @@ def test_shipped_pairs_agree_with_a_second_count():
 
 
 def test_shipped_pairs_that_differ():
-    found = audit.pairs(audit.cells())
+    found = audit.repeated_cells(audit.cells())
     found = found[found["difference"] != 0]
     values = {
         (r.dataset, r.row, r.nfe, r.table_a, r.table_b): (r.value_a, r.value_b)
@@ -198,7 +198,7 @@ STATEMENT = {
 
 
 def judged(frame, **changes):
-    (row,) = audit.judge(frame, pd.DataFrame([STATEMENT | changes])).itertuples()
+    (row,) = audit.judge_statements(frame, pd.DataFrame([STATEMENT | changes])).itertuples()
     return row.count, row.verdict
 
 
@@ -256,7 +256,7 @@ def test_shipped_statements():
     assert set(statements["pick"]) <= {"each", "best"}
     assert set(statements["claim"]) <= {"always", "mostly"}
     assert not statements.duplicated(["sentence", "reading"]).any()
-    found = audit.judge(audit.cells(), statements)
+    found = audit.judge_statements(audit.cells(), statements)
 
     def count(beginning, reading="text"):
         rows = found[found["sentence"].str.startswith(beginning) & (found["reading"] == reading)]
@@ -324,7 +324,7 @@ def store(tmp_path, monkeypatch):
 
 def test_what_is_stored_is_shown_and_the_rest_is_named(store):
     folder, planned, noise = store
-    measured = audit.stored(planned, folder)
+    measured = audit.stored_cells(planned, folder)
     assert len(measured) == 3 and set(measured["solver"]) == {"iPNDM"}
     (row,) = audit.our_gains(measured).itertuples()
     assert (row.dataset, row.total) == ("digits", 2.5)
@@ -341,7 +341,7 @@ def test_what_is_stored_is_shown_and_the_rest_is_named(store):
 
 def test_an_empty_store_gives_no_gains(store, tmp_path):
     _, planned, _ = store
-    measured = audit.stored(planned, tmp_path / "empty")
+    measured = audit.stored_cells(planned, tmp_path / "empty")
     assert measured.empty
     assert audit.our_gains(measured).empty
 
@@ -349,7 +349,7 @@ def test_an_empty_store_gives_no_gains(store, tmp_path):
 def test_the_figure_has_a_panel_per_frame():
     papers = audit.papers_gains()
     panels = {name: rows for name, rows in papers.groupby("dataset")}
-    figure = figures.gains(panels, ["FID", "FID"])
+    figure = figures.gains_figure(panels, ["FID", "FID"])
     assert [ax.get_title() for ax in figure.axes] == ["cifar10", "imagenet64"]
     assert [ax.get_ylabel() for ax in figure.axes] == ["FID", "FID"]
     drawn = np.concatenate([line.get_ydata() for line in figure.axes[0].lines]).astype(float)
@@ -399,7 +399,7 @@ def test_what_differs_between_versions_does_not_calibrate():
 
 
 def test_shipped_calibration():
-    found = audit.calibration(audit.cells(), audit.versions(), audit.repository())
+    found = audit.calibration(audit.cells(), audit.paper_versions(), audit.repository())
     assert dict(found["dataset"].value_counts()) == {
         **{"cifar10": 20, "imagenet64": 20},
         **{"ffhq": 12, "lsun_bedroom": 12},
@@ -422,7 +422,7 @@ def test_the_repository_has_the_printed_numbers_but_for_unipc():
 
 def test_repository_and_versions_agree():
     """UniPC and DDIM of the final version stand in both files."""
-    there = audit.versions()
+    there = audit.paper_versions()
     there = there[there["source"].str.contains("repository")]
     both = there.merge(audit.repository(), on=["dataset", "method", "nfe"])
     assert len(both) == 8 + 8 + 4 + 4  # UniPC on CIFAR-10, ImageNet and FFHQ, and DDIM there
@@ -430,7 +430,7 @@ def test_repository_and_versions_agree():
 
 
 def test_versions_are_shown_side_by_side():
-    table = audit.versions_table(audit.versions())
+    table = audit.versions_table(audit.paper_versions())
     assert table.loc[("CIFAR-10, 32x32", "AMED-Solver"), "NFE 5"] == "17.94 →\N{NO-BREAK SPACE}7.59"
     assert table.loc[("FFHQ, 64x64", "DDIM"), "NFE 3"] == "new: 78.21"
     assert table.loc[("FFHQ, 64x64", "UniPC"), "NFE 4"] == "–"

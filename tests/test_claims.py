@@ -13,7 +13,18 @@ from scipy import stats
 
 from amedlib.datasets.entries import describe
 from amedlib.datasets.files import DATA
-from amedlib.study import claims, execute, facts, noise, plans, procedures, published, store, tables
+from amedlib.study import (
+    claims,
+    execute,
+    facts,
+    noise,
+    plans,
+    procedures,
+    published,
+    sentences,
+    store,
+    tables,
+)
 from amedlib.study.run import BLOCKS, Result, Run
 from amedlib.study.store import save_result
 from amedlib.study.uncertainty import Estimate, difference
@@ -117,7 +128,7 @@ def test_every_comparison_selects_something(claim):
         if source in claims.PRINTED:
             found = claims.printed(source, claim | {"datasets": dataset})
         else:
-            found = claims.pairs(planned_cells(source, dataset), claim)
+            found = sentences.pairs(planned_cells(source, dataset), claim)
         assert len(found) > 0, (dataset, source)
 
 
@@ -131,7 +142,7 @@ def test_plans_and_print_give_the_same_comparisons():
             or "cifar10" not in claim["datasets"]
         ):
             continue
-        here = claims.pairs(planned_cells(source, "digits"), claim)
+        here = sentences.pairs(planned_cells(source, "digits"), claim)
         there = claims.printed(source, claim | {"datasets": "cifar10"})
         assert len(here) == len(there), claim["id"]
 
@@ -197,7 +208,7 @@ def test_pairs_are_those_of_a_plain_loop():
         for a, b in itertools.product(rows, rows)
         if a["afs"] and not b["afs"] and a["method"] == b["method"] and a["nfe"] + 1 == b["nfe"]
     ]
-    found = claims.pairs(CELLS, claim)
+    found = sentences.pairs(CELLS, claim)
     assert len(found) == 6
     assert sorted(map(str, found)) == sorted(map(str, expected))
 
@@ -205,17 +216,17 @@ def test_pairs_are_those_of_a_plain_loop():
 def test_picks_and_bounds():
     fields = {"better": "not afs", "worse": "afs", "same": "nfe", "nfe": "5"}
     claim = pair_claim(**fields, better_pick="best", worse_pick="worst")
-    ((better, worse),) = claims.pairs(CELLS, claim)
+    ((better, worse),) = sentences.pairs(CELLS, claim)
     assert (better["method"], worse["method"]) == ("a", "c")
     missing = CELLS.assign(value=CELLS["value"].mask(CELLS["method"] == "b"))
-    assert claims.pairs(missing, claim) == []  # the best of what is not all there
+    assert sentences.pairs(missing, claim) == []  # the best of what is not all there
     bound = pair_claim(better="method == 'a'", nfe="4")
-    assert [(row["afs"], other) for row, other in claims.pairs(CELLS, bound)] == [
+    assert [(row["afs"], other) for row, other in sentences.pairs(CELLS, bound)] == [
         (False, None),
         (True, None),
     ]
     with pytest.raises(Exception, match="methd"):
-        claims.pairs(CELLS, pair_claim(better="methd == 'a'"))
+        sentences.pairs(CELLS, pair_claim(better="methd == 'a'"))
 
 
 def test_names_take_as_few_columns_as_tell_apart():
@@ -625,7 +636,7 @@ def test_the_ledger_reads_and_never_computes(tmp_path, monkeypatch):
     }
     assert {row["verdict"] for row in ledger["endpoint_error"]} == {"not run"}
     assert claims.rank_agreement("digits", results_dir=tmp_path).empty
-    html = tables.ledger(ledger).to_html()
+    html = tables.ledger_table(ledger).to_html()
     assert "– not run" in html and '<a href="table2.html">table2</a>' in html
 
 
@@ -642,7 +653,7 @@ def test_a_store_with_a_part_of_a_table(tmp_path):
     assert ledger.loc["single-step", "fd"]["verdict"] == "not run"
     assert ledger.loc["best-is-ours", "fd"]["verdict"] == "not run"  # the best of what is not there
     assert ledger.loc["plugin", "endpoint_error"]["verdict"] == "not run"
-    assert "✓ 1, ✗ 0, ? 0 of 4" in tables.ledger(ledger.reset_index()).to_html()
+    assert "✓ 1, ✗ 0, ? 0 of 4" in tables.ledger_table(ledger.reset_index()).to_html()
 
 
 def test_verdict_tables_show_both_verdicts_and_what_is_pooled():

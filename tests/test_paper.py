@@ -1,6 +1,7 @@
 """The paper's numbers, the plans of its tables, verdicts, and the check of shipped results."""
 
 import json
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -8,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from amedlib.datasets.entries import describe
 from amedlib.study import (
     claims,
     execute,
@@ -263,6 +265,34 @@ def test_a_reproduction_without_shipped_results_is_refused_at_once(tmp_path, mon
     assert "none has no results of digits to compare with; --fill" in capsys.readouterr().err
 
 
+def test_a_table_is_shown_with_its_caption_and_its_figure(tmp_path, monkeypatch):
+    given = 6, "digits", [10, 4], [0], 40
+    planned = plans.table(*given)
+    for i, row in enumerate(planned.itertuples()):
+        save_result(result(row.run, 99.0 - i), tmp_path)
+    shown = []
+    monkeypatch.setattr(page, "display", shown.append)
+    how = {"results_dir": tmp_path, "progress": False}
+    measured = page.show_cells(*given, figure=True, **how)
+    assert [each.value for each in measured["result"]] == [99.0 - i for i in range(len(planned))]
+    table, words, figure = shown
+
+    unit = describe("digits").feature_distance_name
+    columns = [(nfe, whose) for nfe in ("NFE 4", "NFE 10") for whose in (unit, "paper")]
+    assert list(table.data.columns) == columns
+    ours = table.data.xs(unit, axis=1, level=1).map(lambda text: float(text.split()[0]))
+    best = {(int(ours.iloc[:, i].argmin()), 2 * i) for i in range(2)}
+    style, _ = table.set_uuid("x").to_html().split("</style>")
+    bold = re.findall(r"#T_x_row(\d+)_col(\d+)", style)
+    assert {(int(row), int(column)) for row, column in bold} == best
+    assert style.count("{") == style.count("font-weight: bold") == 1
+    assert words.data.startswith("*Table 6 on ")
+    assert [ax.get_title() for ax in figure.axes] == ["ours", "the paper"]
+
+    page.show_cells(*given, **how)
+    assert len(shown) == 5  # no figure
+
+
 def test_estimates_keep_the_order_of_the_plan():
     frame = uncertainty.estimates(made_up_table(5.0, 7.0, noise=0.1))
     assert list(frame["method"]) == ["iPNDM", "AMED-Plugin"]
@@ -272,7 +302,9 @@ def test_estimates_keep_the_order_of_the_plan():
 def test_the_readme_states_the_shipped_results():
     """Every number of its headline, computed again from data/results."""
     measured = execute.measure(plans.table2("digits"), progress=False)
-    numbers = page.headline(uncertainty.estimates(measured), claims.judge("table2", measured))
+    numbers = page.headline_numbers(
+        uncertainty.estimates(measured), claims.judge("table2", measured)
+    )
     readme = (store.RESULTS.parent.parent / "README.md").read_text()
     for method in ("AMED-Plugin", "iPNDM", "AMED-Solver", "DPM-Solver-2", "DPM-Solver++(3M)"):
         assert f"| {numbers[f'table2_{method}']} |" in readme

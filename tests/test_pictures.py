@@ -157,7 +157,7 @@ def test_pictures_of_the_theory():
     assert ax.get_xscale() == ax.get_yscale() == "log" and ax.xaxis_inverted()
     columns = ["worst", "error_max", "error", "perpendicular", "parallel"]
     found = pd.DataFrame({"t": t, **{c: np.arange(3.0) + i for i, c in enumerate(columns, 1)}})
-    ax = pictures.proposition(found, {"one": [9.0] * 3, "two": [8.0] * 3}).axes[0]
+    ax = pictures.proposition_figure(found, {"one": [9.0] * 3, "two": [8.0] * 3}).axes[0]
     assert [line.get_ydata()[0] for line in ax.lines] == [9, 8, 1, 2, 3, 4, 5]
     assert ax.xaxis_inverted() and "t" in ax.get_xlabel()
 

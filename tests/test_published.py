@@ -3,6 +3,7 @@ number. The exceptions listed here are the paper's, not ours."""
 
 import itertools
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -211,3 +212,10 @@ def test_versions_start_from_the_first_one(cells):
     # Of the plain solvers only UniPC has other numbers; the rest calibrates a reproduction.
     plain = set(frame["method"][~frame["method"].str.startswith("AMED")])
     assert plain == {"UniPC", "DDIM"}
+
+
+def test_columns_go_by_the_number_of_evaluations_and_end_with_what_is_about_all():
+    frame = pd.DataFrame({"row": list("abab"), "nfe": [10, np.nan, 9, 10], "cell": list("wxyz")})
+    table = published.across_nfe(frame, ["row"], "cell")
+    assert list(table.columns) == ["NFE 9", "NFE 10", "all"]
+    assert table.fillna("").to_numpy().tolist() == [["y", "w", ""], ["", "z", "x"]]

@@ -426,6 +426,11 @@ def _read_checkpoint(path):
         ) from error
 
 
+def _below(state, prefix):
+    """The weights whose names begin so, without that beginning."""
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
 def convert_ldm(
     checkpoint: str | Path,
     folder: str | Path,
@@ -449,23 +454,16 @@ def convert_ldm(
     """
     diffusers = _library("diffusers")
     state = _read_checkpoint(checkpoint)
-    prefix, first_stage = "model.diffusion_model.", "first_stage_model."
     try:
         # the averages are stored under names without dots
         averaged = {
-            name.removeprefix(prefix): state["model_ema." + name[len("model.") :].replace(".", "")]
-            for name in state
-            if name.startswith(prefix)
+            name: state["model_ema.diffusion_model" + name.replace(".", "")]
+            for name in _below(state, "model.diffusion_model.")
         }
         network, coder = diffusers.UNet2DModel(**unet), diffusers.VQModel(**autoencoder)
-        network.load_state_dict(
-            _unet_weights(averaged, unet["layers_per_block"], unet["attention_head_dim"])
-        )
-        kept = {
-            name.removeprefix(first_stage): value
-            for name, value in state.items()
-            if name.startswith(first_stage)
-        }
+        layers = unet["layers_per_block"], unet["attention_head_dim"]
+        network.load_state_dict(_unet_weights(averaged, *layers))
+        kept = _below(state, "first_stage_model.")
         coder.load_state_dict(_autoencoder_weights(kept, len(autoencoder["block_out_channels"])))
     except (KeyError, RuntimeError) as error:
         raise ValueError(

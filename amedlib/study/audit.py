@@ -1,7 +1,7 @@
 """The paper's tables against each other, and its sentences against its tables; all by code.
 
-The numbers are those of ``data/paper``. Nothing is measured here: ``stored`` shows what the store
-of results holds and leaves out what it does not.
+The numbers are those of ``data/paper``. Nothing is measured here: ``stored_cells`` shows what the
+store of results holds and leaves out what it does not.
 """
 
 from functools import lru_cache
@@ -12,7 +12,8 @@ import pandas as pd
 from amedlib.datasets.entries import describe
 from amedlib.datasets.files import DATA
 from amedlib.study import plans
-from amedlib.study.published import published
+from amedlib.study.published import across_nfe, nfe_name, published
+from amedlib.study.sentences import gap, pairs
 from amedlib.study.store import RESULTS, load_result
 from amedlib.study.uncertainty import difference, with_interval
 
@@ -71,7 +72,7 @@ def label(cell: pd.Series) -> str:
     return ", ".join(words + (["AFS"] if cell["afs"] else []))
 
 
-def printed(value: float) -> str:
+def as_printed(value: float) -> str:
     """A number as the paper prints it: two decimals, one from 100."""
     return (f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}").replace("-", "−")
 
@@ -90,13 +91,13 @@ def shown(frame: pd.DataFrame, columns: dict[str, str]):
     styled = frame.style.hide(axis="index").set_properties(
         frame.select_dtypes(exclude="number").columns, **words
     )
-    return styled.format(lambda v: printed(v) if isinstance(v, float) else v, na_rep="–")
+    return styled.format(lambda v: as_printed(v) if isinstance(v, float) else v, na_rep="–")
 
 
 # --- 1. The same experiment in several tables ----------------------------------------------------
 
 
-def pairs(cells: pd.DataFrame) -> pd.DataFrame:
+def repeated_cells(cells: pd.DataFrame) -> pd.DataFrame:
     """Pairs of FID cells of two tables that describe one experiment (``EXPERIMENT``).
 
     Cells that name a teacher or M are left to ``best_of_ablation``.
@@ -126,7 +127,7 @@ def _elsewhere(pair: pd.Series, fid: pd.DataFrame) -> str:
     other |= fid[NAMED].notna().any(axis=1)
     held = fid[same & other & fid["value"].isin([pair["value_a"], pair["value_b"]])]
     return "; ".join(
-        f"{printed(c['value'])}: Table {c['table']}, {label(c)}" for _, c in held.iterrows()
+        f"{as_printed(c['value'])}: Table {c['table']}, {label(c)}" for _, c in held.iterrows()
     )
 
 
@@ -221,41 +222,31 @@ def statements() -> pd.DataFrame:
 
 
 def comparisons(statement: pd.Series, cells: pd.DataFrame) -> pd.DataFrame:
-    """The comparisons that a statement makes: columns better, worse, ``met`` and ``tie``."""
-    better = cells.query(statement["better"])
-    same = statement["same"].split()
-    if statement["worse"]:
-        worse = cells.query(statement["worse"])
-        if statement["pick"] == "best":
-            better, worse = (
-                side.groupby(same, as_index=False)["value"].min() for side in (better, worse)
-            )
-        both = better.merge(worse, on=same, suffixes=("", "_worse"))
-        both = both.assign(better=both["value"], worse=both["value_worse"])
-    else:
-        both = better.assign(better=better["value"], worse=np.nan)
+    """The comparisons that a statement makes: columns ``met`` and ``tie``."""
+    pick = statement["pick"].replace("each", "")
+    picks = {"better_pick": pick, "worse_pick": pick}
+    found = pairs(cells, {**statement, **picks, "nfe": ""})
     if statement["expected"]:
-        return _against_expected(statement["expected"], both)
-    tie = both["better"] == both["worse"]
-    met = both["better"] < both["worse"]
-    if statement["within"]:
-        met = both["better"] <= (1 + float(statement["within"])) * both["worse"]
-    return both.assign(met=met, tie=tie & ~met)
+        return _against_expected(statement["expected"], found)
+    factor = 1 + float(statement["within"] or 0)
+    gaps = np.array([gap(*pair, factor) for pair in found])
+    met = gaps <= 0 if statement["within"] else gaps < 0
+    tie = np.array([gap(*pair) == 0 for pair in found], dtype=bool)
+    return pd.DataFrame({"met": met, "tie": tie & ~met})
 
 
-def _against_expected(expected: str, both: pd.DataFrame) -> pd.DataFrame:
-    found = (both["worse"] - both["better"]).fillna(both["better"])
-    both = both.assign(found=found)
+def _against_expected(expected: str, found: list[tuple[dict, dict | None]]) -> pd.DataFrame:
+    values = [-gap(*pair) if pair[1] else gap(*pair) for pair in found]
     if " " in expected:  # a number per data set; one that has no cell is not met
         numbers = dict(part.split() for part in expected.split("; "))
-        both = both.set_index("dataset").reindex(numbers).reset_index()
-        target = both["dataset"].map(numbers).astype(float)
+        values = pd.Series(values, [better["dataset"] for better, _ in found]).reindex(numbers)
+        targets = [float(number) for number in numbers.values()]
     else:
-        target = float(expected)
-    return both.assign(met=(both["found"] - target).abs() < 1e-9, tie=False)
+        targets = float(expected)
+    return pd.DataFrame({"met": np.abs(np.subtract(values, targets)) < 1e-9, "tie": False})
 
 
-def judge(cells: pd.DataFrame, statements: pd.DataFrame) -> pd.DataFrame:
+def judge_statements(cells: pd.DataFrame, statements: pd.DataFrame) -> pd.DataFrame:
     """Statements against cells: the columns of ``statements`` and
 
     Returns:
@@ -315,7 +306,7 @@ def papers_gains() -> pd.DataFrame:
     return gains(cells().query("table in [9, 10]"))
 
 
-def stored(planned: pd.DataFrame, results_dir=RESULTS) -> pd.DataFrame:
+def stored_cells(planned: pd.DataFrame, results_dir=RESULTS) -> pd.DataFrame:
     """The rows of a plan whose results are in the store, with ``result``; computes nothing."""
     results = [load_result(what, results_dir) for what in planned["run"]]
     found = complete(planned.assign(table=0, dataset=[what.dataset for what in planned["run"]]))
@@ -327,7 +318,7 @@ def our_gains(measured: pd.DataFrame) -> pd.DataFrame:
     """``gains`` of measured cells with 95 % half widths of the paired differences.
 
     Args:
-        measured: columns dataset, solver, afs, amed, nfe, result; from ``stored``.
+        measured: columns dataset, solver, afs, amed, nfe, result; from ``stored_cells``.
 
     Returns:
         The columns of ``gains``, by_afs_half and by_step_half.
@@ -355,15 +346,15 @@ def gain_table(found: pd.DataFrame) -> pd.DataFrame:
             if f"{part}_half" in rows:
                 words = map(with_interval, rows[part], rows[f"{part}_half"])
             else:
-                words = rows[part].map(printed)
-            columns[f"NFE {nfe}", name] = pd.Series(list(words), rows.index)
+                words = rows[part].map(as_printed)
+            columns[nfe_name(nfe), name] = pd.Series(list(words), rows.index)
     order = pd.MultiIndex.from_frame(found[["dataset", "solver"]].drop_duplicates())
     frame = pd.DataFrame(columns).reindex(order).rename(index=_title, level=0)
     return frame.rename_axis([None, None]).fillna("–")
 
 
 def missing(planned: pd.DataFrame, measured: pd.DataFrame) -> str:
-    """The cells of a plan that ``stored`` did not find, in words; "none" if it found all."""
+    """The cells of a plan that ``stored_cells`` did not find, in words; "none" if it found all."""
     names = pd.Series([label(cell) for _, cell in complete(planned.assign(table=0)).iterrows()])
     there = {what.key for what in measured["run"]}
     absent = np.array([what.key not in there for what in planned["run"]])
@@ -375,7 +366,7 @@ def missing(planned: pd.DataFrame, measured: pd.DataFrame) -> str:
 
 
 @lru_cache
-def versions() -> pd.DataFrame:
+def paper_versions() -> pd.DataFrame:
     """Cells that differ between the paper's first and final version, or the repository.
 
     Columns dataset, method, nfe, first (NaN: a new row), final, source.
@@ -452,16 +443,11 @@ def calibration(
 def versions_table(versions: pd.DataFrame) -> pd.DataFrame:
     """First and final numbers: rows data set and method, columns NFE."""
     arrows = [
-        (f"{printed(row.first)} →\N{NO-BREAK SPACE}" if pd.notna(row.first) else "new: ")
-        + printed(row.final)
+        (f"{as_printed(row.first)} →\N{NO-BREAK SPACE}" if pd.notna(row.first) else "new: ")
+        + as_printed(row.final)
         for row in versions.itertuples()
     ]
     frame = versions.assign(cell=arrows, dataset=versions["dataset"].map(_title))
-    frame["nfe"] = "NFE " + frame["nfe"].astype(str)
-    table = frame.pivot_table(
-        index=["dataset", "method"], columns="nfe", values="cell", aggfunc="first", sort=False
-    )
-    rows = pd.MultiIndex.from_frame(frame[["dataset", "method"]].drop_duplicates())
-    columns = sorted(table.columns, key=lambda name: int(name.split()[1]))
-    table = table.reindex(index=rows, columns=columns).fillna("–")
-    return table.rename_axis([None, None]).rename_axis(None, axis=1)
+    rows = ["dataset", "method"]
+    table = across_nfe(frame, rows, "cell").fillna("–")
+    return table.reindex(pd.MultiIndex.from_frame(frame[rows].drop_duplicates(), names=[None] * 2))

@@ -13,16 +13,13 @@ from amedlib.study import plans
 from amedlib.study.facts import TESTS
 from amedlib.study.noise import pooled_noise, training_noise
 from amedlib.study.published import paper_values, published
+from amedlib.study.sentences import gap, pairs
 from amedlib.study.store import RESULTS, load_result
 from amedlib.study.uncertainty import Estimate, difference, estimate, estimates, with_interval
 
 # --- verdicts -----------------------------------------------------------------------------------
 
-# What a claim is tested by: `better` - `factor` x `worse` < `limit`, for all pairs of rows of the
-# plan `source` that agree in `same`; or a function of `TESTS`.
 PRINTED = [f"table{number}" for number in range(2, 14)]
-
-
 # A printed number counts as reached within this part of it.
 WITHIN = 0.05
 
@@ -164,38 +161,6 @@ def _cells(measured: pd.DataFrame, results_dir) -> pd.DataFrame:
     return cells.assign(name=_names(cells))
 
 
-def pairs(cells: pd.DataFrame, claim: dict) -> list[tuple[dict, dict | None]]:
-    """The comparisons of a claim: rows of ``cells`` that it calls better, each with a worse one.
-
-    Of "best" and "worst" there is none where a value is missing.
-    """
-    if claim["nfe"]:
-        cells = cells[cells["nfe"].isin([int(n) for n in claim["nfe"].split()])]
-    sides = []
-    for side in ("better", "worse"):
-        rows = cells.query(claim[side], engine="python") if claim[side] else cells[:0]
-        by = [rows.eval(name, engine="python").tolist() for name in claim["same"].split()]
-        groups: dict[tuple, list[dict]] = {}
-        for i, row in enumerate(rows.to_dict("records")):
-            groups.setdefault(tuple(values[i] for values in by), []).append(row)
-        if pick := claim[f"{side}_pick"]:
-            chosen = {"best": min, "worst": max}[pick]
-            groups = {
-                key: [chosen(some, key=lambda row: row["value"])]
-                for key, some in groups.items()
-                if all(np.isfinite(row["value"]) for row in some)
-            }
-        sides.append(groups)
-    better, worse = sides
-    if not claim["worse"]:
-        return [(a, None) for some in better.values() for a in some]
-    return [(a, b) for key, some in better.items() for a in some for b in worse.get(key, [])]
-
-
-def _value(claim: dict, better: dict, worse: dict | None) -> float:
-    return better["value"] - (claim["factor"] * worse["value"] if worse else 0.0)
-
-
 def printed(source: str, claim: dict) -> list[float]:
     """The differences of a claim in one of the paper's tables, less what they should be below."""
     frame = published(source)
@@ -204,7 +169,7 @@ def printed(source: str, claim: dict) -> list[float]:
         frame = frame.assign(method=frame["method"].str.replace(r" \(.*\)$", "", regex=True))
     found = []
     for _, cells in frame.groupby("dataset", sort=False):
-        found += [_value(claim, *pair) for pair in pairs(cells, claim)]
+        found += [gap(*pair, claim["factor"]) for pair in pairs(cells, claim)]
     return found
 
 
@@ -299,12 +264,6 @@ def _comparison(claim: dict, better: str, worse: str, nfe, found: Estimate) -> d
     }
 
 
-#
-# Each function takes the cells of its source and the folder of results, and returns comparisons:
-# what is better, what is worse, NFE, and the Estimate of a difference that is claimed to be
-# negative.
-
-
 # --- the ledger -----------------------------------------------------------------------------------
 
 METRICS = ("fd", "endpoint_error")
@@ -335,7 +294,7 @@ def _planned(source: str, dataset: str, metric: str) -> pd.DataFrame | None:
         return plans.table(int(source.removeprefix("table")), dataset, metric=metric)
     own = {name: name for name in ("table1", "figure4", "figure5", "figure7")}
     own["figure10"] = "figure4"  # the same trajectories
-    own["centring"] = "first_slope"
+    own["centring"] = "slope_angle"
     if source in own and metric == METRICS[0]:
         return getattr(plans, own[source])(dataset)
     return None

@@ -248,10 +248,13 @@ def _printed_twice(cells, results_dir):
             row.nfe,
             _fact(row.difference == 0),
         )
-        for row in audit.pairs(audit.cells()).itertuples()
+        for row in audit.repeated_cells(audit.cells()).itertuples()
     ]
 
 
+# Each function takes the cells of its source and the folder of results, and returns comparisons:
+# what is better, what is worse, NFE, and the Estimate of a difference that is claimed to be
+# negative.
 TESTS = {
     "degradation": _degradation,
     "plane_variance": _plane_variance,

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 
-from amedlib.study.published import ROWS, row_names
+from amedlib.study.published import ROWS, nfe_name, row_names
 from amedlib.study.uncertainty import estimates
 
 LOOKS = {
@@ -143,7 +143,7 @@ def against_loss(found: pd.DataFrame, unit: str) -> Figure:
     return figure
 
 
-def trajectory_pca(curves: dict) -> Figure:
+def trajectory_pca_figure(curves: dict) -> Figure:
     """Figure 4: relative projection error along t, and cumulative variance of the components."""
     figure, axes = _panels(2)
     left, right = axes[0]
@@ -184,7 +184,7 @@ def alignment(curves: dict[str, dict]) -> Figure:
     return figure
 
 
-def learned_r(panels: dict[str, dict[int, list[dict]]]) -> Figure:
+def learned_r_figure(panels: dict[str, dict[int, list[dict]]]) -> Figure:
     """Figure 7: r_n of every step, a panel per predictor and a line per NFE.
 
     Args:
@@ -199,7 +199,7 @@ def learned_r(panels: dict[str, dict[int, list[dict]]]) -> Figure:
             spread = np.mean([curves["r_sd"] for curves in seeds], axis=0)
             steps, mean = np.arange(1, r.shape[1] + 1), r.mean(0)
             bars = np.maximum([mean - r.min(0), r.max(0) - mean], 0)  # of equal r rounding is left
-            ax.errorbar(steps, mean, bars, color=colour, marker="o", capsize=2, label=f"NFE {nfe}")
+            ax.errorbar(steps, mean, bars, color=colour, marker="o", capsize=2, label=nfe_name(nfe))
             ax.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.2)
         ax.axhline(0.5, color="#888888", linestyle="--", label="DPM-Solver-2")
         ax.set(title=title, xlabel="step", ylabel="r", ylim=(0, 1))
@@ -209,7 +209,7 @@ def learned_r(panels: dict[str, dict[int, list[dict]]]) -> Figure:
     return figure
 
 
-def local_errors(curves: dict[str, dict]) -> Figure:
+def local_errors_figure(curves: dict[str, dict]) -> Figure:
     """Table 1, measured: error of one step from the solution, for every step."""
     figure, axes = _panels(1, width=6)
     ax = axes[0][0]
@@ -222,7 +222,7 @@ def local_errors(curves: dict[str, dict]) -> Figure:
     return figure
 
 
-def gains(panels: dict[str, pd.DataFrame], ylabels) -> Figure:
+def gains_figure(panels: dict[str, pd.DataFrame], ylabels) -> Figure:
     """What AMED-Plugin's gains are made of: plain solver, with AFS, with AFS and a learned step.
 
     Args:

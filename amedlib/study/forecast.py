@@ -16,7 +16,7 @@ import torch
 from amedlib.compute import halved
 from amedlib.datasets.entries import describe
 from amedlib.study import store
-from amedlib.study.procedures import Context, grid_search
+from amedlib.study.procedures import Context, relative_alignment
 from amedlib.study.run import BLOCKS, Run
 from amedlib.training import Trainer, Training
 
@@ -58,7 +58,7 @@ def search_evaluations(search: Run) -> int:
     """Network evaluations of a Run of ``"grid_search"``, counted on a few samples."""
     counter, few = _Counter(), replace(search, samples=2 * BLOCKS)
     data = SimpleNamespace(denoiser=counter, shape=(1, 1, 1), labels=None, batch=few.samples)
-    grid_search(few, Context(data, Path(), "cpu", progress=False))
+    relative_alignment(few, Context(data, Path(), "cpu", progress=False))
     return counter.images // few.samples * search.samples
 
 

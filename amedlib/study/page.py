@@ -15,10 +15,10 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from amedlib.checks import require
 from amedlib.datasets.entries import Entry, describe
-from amedlib.study import plans
-from amedlib.study.execute import run
+from amedlib.study import figures, plans, tables
+from amedlib.study.execute import measure, run
 from amedlib.study.parameters import check
-from amedlib.study.published import ROWS, published, row_names
+from amedlib.study.published import ROWS, across_nfe, published, row_names
 from amedlib.study.run import Result, Run
 from amedlib.study.store import load_result
 from amedlib.study.uncertainty import (
@@ -113,6 +113,27 @@ def cells_caption(number: int, dataset: str, measured: pd.DataFrame) -> None:
     )
 
 
+def show_cells(
+    number: int, dataset: str, nfes, seeds, n_samples, metric="fd", figure=False, **how
+) -> pd.DataFrame:
+    """Measure one of Tables 3 to 13 and show it with its caption, and as a figure if asked.
+
+    Args:
+        number, dataset, nfes, seeds, n_samples, metric: as in ``plans.table``.
+        how: of ``begin``.
+
+    Returns:
+        What was measured: the plan with its results.
+    """
+    measured = measure(plans.table(number, dataset, nfes, seeds, n_samples, metric), **how)
+    unit = "endpoint error" if metric != "fd" else describe(dataset).feature_distance_name
+    display(tables.cells_table(number, measured, unit))
+    cells_caption(number, dataset, measured)
+    if figure:
+        display(figures.cells_figure(number, measured, unit))
+    return measured
+
+
 def benchmarks(path: Path) -> dict:
     """What ``python -m benchmarks all --output path`` wrote: the machine, and a frame per part.
 
@@ -204,7 +225,7 @@ def plugin_numbers(measured: pd.DataFrame, endpoint: pd.DataFrame) -> dict[str, 
     return numbers
 
 
-def headline(ours: pd.DataFrame, judged: pd.DataFrame, nfe: int = 5) -> dict[str, str]:
+def headline_numbers(ours: pd.DataFrame, judged: pd.DataFrame, nfe: int = 5) -> dict[str, str]:
     """Numbers for the book's first page: quality at one NFE, counts of corrected verdicts."""
     numbers = {
         f"table2_{row.method}": with_interval(row.value, row.half)
@@ -221,12 +242,7 @@ def headline(ours: pd.DataFrame, judged: pd.DataFrame, nfe: int = 5) -> dict[str
 def not_run(number: int, dataset: str, on: str):
     """A table of the paper that was not run on a data set: its numbers, and what would run it."""
     rows = row_names(published(f"table{number}"), number)
-    frame = rows.assign(nfe="NFE " + rows["nfe"].astype(str)).pivot_table(
-        index=ROWS[number], columns="nfe", values="value", aggfunc="first", sort=False
-    )
-    frame = frame[sorted(frame, key=lambda name: int(name.split()[1]))]
-    frame.index.names = [None] * len(ROWS[number])
-    frame.columns.name = None
+    frame = across_nfe(rows, ROWS[number], "value")
     display(frame.style.format("{:.4g}", na_rep="–"))
     theirs = describe(rows["dataset"].iloc[0]).title
     caption(

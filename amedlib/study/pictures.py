@@ -1,6 +1,7 @@
 """Pictures: images in tables, steps of solvers in a plane, the network g_phi, Appendix D."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -200,53 +201,55 @@ def architecture(predictors: dict[str, Predictor]) -> Figure:
     return figure
 
 
-def _draw_network(ax, predictor):
-    found = layers(predictor)
+def _box(ax, place, text, kind=""):
+    x, y = place
+    shape = FancyBboxPatch(
+        (x - 0.64, y - 0.38), 1.28, 0.76, "round,pad=0.02", facecolor=SHADES[kind]
+    )
+    ax.add_patch(shape)
+    ax.text(x, y, text, ha="center", va="center", fontsize=7.5, color=INK)
 
-    def box(x, y, text, kind=""):
-        shape = FancyBboxPatch(
-            (x - 0.64, y - 0.38), 1.28, 0.76, "round,pad=0.02", facecolor=SHADES[kind]
-        )
-        ax.add_patch(shape)
-        ax.text(x, y, text, ha="center", va="center", fontsize=7.5, color=INK)
 
-    def layer(x, y, name, then=""):
-        row = found.loc[name]
-        size = f"{row['inputs']} → {row['outputs']}{then}"
-        text = f"{name}\n{size}\n{row['parameters']:,} parameters"
-        if row["calls"] > 1:
-            text += f"\n(used {row['calls']} times)"
-        box(x, y, text, name.split("_")[0])
+def _layer(ax, place, layer, then=""):
+    """The box of a layer, a row of ``layers``."""
+    size = f"{layer['inputs']} → {layer['outputs']}{then}"
+    text = f"{layer.name}\n{size}\n{layer['parameters']:,} parameters"
+    if layer["calls"] > 1:
+        text += f"\n(used {layer['calls']} times)"
+    _box(ax, place, text, layer.name.split("_")[0])
 
-    def arrow(a, b):
-        style = {"arrowstyle": "-|>", "color": INK, "shrinkA": 0, "shrinkB": 0}
+
+def _arrows(ax, *places):
+    """From box to box."""
+    style = {"arrowstyle": "-|>", "color": INK, "shrinkA": 0, "shrinkB": 0}
+    for a, b in pairwise(places):
         ax.annotate("", (b[0] - 0.68, b[1]), (a[0] + 0.68, a[1]), arrowprops=style)
 
-    def chain(*places):
-        for a, b in zip(places, places[1:], strict=False):
-            arrow(a, b)
 
+def _draw_network(ax, predictor):
+    found = layers(predictor)
     h, w = predictor.bottleneck_size
     x = [0, 1.7, 3.4, 5.1, 6.8, 8.5, 10.2]
-    box(x[0], 3, f"bottleneck at $t_{{n+1}}$\nchannels × {h} × {w}")
-    box(x[1], 3, f"channel mean\n{h} × {w}")
-    layer(x[2], 3, "enc_layer0", ", SiLU")
-    layer(x[3], 3, "enc_layer1")
+    _box(ax, (x[0], 3), f"bottleneck at $t_{{n+1}}$\nchannels × {h} × {w}")
+    _box(ax, (x[1], 3), f"channel mean\n{h} × {w}")
+    _layer(ax, (x[2], 3), found.loc["enc_layer0"], ", SiLU")
+    _layer(ax, (x[3], 3), found.loc["enc_layer1"])
     joined = (x[4], 2)
-    chain(*((column, 3) for column in x[:4]), joined)
+    _arrows(ax, *((column, 3) for column in x[:4]), joined)
 
-    times = ["$t_{n+1}$", "$t_n$"][: found.loc["map_layer0", "calls"]]
+    embedding = found.loc["map_layer0"]
+    times = ["$t_{n+1}$", "$t_n$"][: embedding["calls"]]
     lanes = [1.0, 0.0][: len(times)]
     shared = (x[2], float(np.mean(lanes)))
     for text, y in zip(times, lanes, strict=True):
-        box(x[0], y, f"time {text}")
-        box(x[1], y, f"sines, cosines\n{found.loc['map_layer0', 'inputs']} numbers")
-        chain((x[0], y), (x[1], y), shared)
-    layer(*shared, "map_layer0", ", SiLU")
-    arrow(shared, joined)
+        _box(ax, (x[0], y), f"time {text}")
+        _box(ax, (x[1], y), f"sines, cosines\n{embedding['inputs']} numbers")
+        _arrows(ax, (x[0], y), (x[1], y), shared)
+    _layer(ax, shared, embedding, ", SiLU")
+    _arrows(ax, shared, joined)
 
     outputs = [name for name in found.index if name.startswith("fc_")]
-    box(*joined, f"concatenation\n{found.loc['fc_r', 'inputs']} numbers")
+    _box(ax, joined, f"concatenation\n{found.loc['fc_r', 'inputs']} numbers")
     heads = 2 + np.arange(len(outputs))[::-1] - (len(outputs) - 1) / 2
     ranges = {
         "fc_r": "$r_n$ in (0, 1)",
@@ -254,9 +257,9 @@ def _draw_network(ax, predictor):
         "fc_scale_time": _near_one("a_n", predictor.scale_time),
     }
     for name, y in zip(outputs, heads, strict=True):
-        layer(x[5], y, name, ", sigmoid")
-        box(x[6], y, ranges[name])
-        chain(joined, (x[5], y), (x[6], y))
+        _layer(ax, (x[5], y), found.loc[name], ", sigmoid")
+        _box(ax, (x[6], y), ranges[name])
+        _arrows(ax, joined, (x[5], y), (x[6], y))
     ax.set(xlim=(-0.75, 10.95), ylim=(min(lanes) - 0.75, 3.5))
     ax.axis("off")
 
@@ -291,7 +294,7 @@ def deviation(curves: dict, bounds: dict[str, np.ndarray]) -> Figure:
     return figure
 
 
-def proposition(found: pd.DataFrame, bounds: dict[str, np.ndarray]) -> Figure:
+def proposition_figure(found: pd.DataFrame, bounds: dict[str, np.ndarray]) -> Figure:
     """Proposition 1: parts of the error of one AMED step, and bounds, over where steps start.
 
     Args:

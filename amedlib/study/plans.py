@@ -238,7 +238,7 @@ def figure7(dataset: str = "digits", nfes=None, seeds=SEEDS, n_samples: int = 10
     return table2(dataset, learned, nfes, seeds, n_samples, metric="learned_r")
 
 
-def first_slope(dataset: str = "digits", n_samples: int = 1000) -> pd.DataFrame:
+def slope_angle(dataset: str = "digits", n_samples: int = 1000) -> pd.DataFrame:
     """How far the slope at the first time is from the direction of the noise; as ``figure4``."""
     nfe = 5 * describe(dataset).evaluations_per_call  # of a Run that has no method of its own
     what = _run(dataset, METHODS["DDIM"], nfe, n_samples, "first_slope")
@@ -477,7 +477,7 @@ def whole_study(dataset: str = "digits") -> list[Run]:
     """Every Run that the book shows for a data set."""
     metrics = describe(dataset).metrics
     found = [table2(dataset, metric=metric) for metric in metrics]
-    found += [plan(dataset) for plan in (table1, figure4, figure5, figure7, first_slope)]
+    found += [plan(dataset) for plan in (table1, figure4, figure5, figure7, slope_angle)]
     found += [on_schedule(schedule, dataset) for schedule in SCHEDULES]
     for metric in (m for m in metrics if m != "fd_pixels"):
         found += [release(dataset, metric=metric), plugin(dataset, metric=metric)]
@@ -486,7 +486,7 @@ def whole_study(dataset: str = "digits") -> list[Run]:
         found.append(figure8(dataset, seeds=SEEDS[:1], metric=metric))
     if dataset == "digits":
         found += [centring(), *beyond_all()]
-        found += [first_slope(name) for name in ("digits_uncentred", "digits_conditional")]
+        found += [slope_angle(name) for name in ("digits_uncentred", "digits_conditional")]
         found += [table(10, "digits_conditional", seeds=SEEDS[:1]), table(13, seeds=SEEDS[:1])]
     # First what all others are compared with.
     runs = [limit_run(dataset, metric=metric) for metric in metrics]

@@ -263,7 +263,7 @@ def _measure_pca(run: Run, context: Context) -> Callable:
     return measure
 
 
-def trajectory_pca(run: Run, context: Context, blocks: list[Block]) -> dict[str, Measured]:
+def projection_error(run: Run, context: Context, blocks: list[Block]) -> dict[str, Measured]:
     """Figure 4: the largest relative projection error along t, in the mean over trajectories."""
     value, replicates, _ = _curve_blocks(blocks, "relative_error", np.max)
     curves = {"t": run.times().tolist()}
@@ -278,7 +278,7 @@ def trajectory_pca(run: Run, context: Context, blocks: list[Block]) -> dict[str,
 GRID = tuple(round(0.02 * i, 2) for i in range(1, 50))
 
 
-def grid_search(run: Run, context: Context, blocks=()) -> dict[str, Measured]:
+def relative_alignment(run: Run, context: Context, blocks=()) -> dict[str, Measured]:
     """Figure 5: relative alignment with the best r of a grid, in the mean over the steps."""
     denoiser, times = context.denoiser(run), run.times()
     seeds = torch.cat(blocks_of(run)).tolist()
@@ -389,8 +389,8 @@ PROCEDURES = {
     "endpoint_accuracy": Procedure(endpoint_accuracy, _measure_accuracy),
     "floor_fd": Procedure(floor),
     "floor_fd_pixels": Procedure(floor),
-    "trajectory_pca": Procedure(trajectory_pca, _measure_pca),
-    "grid_search": Procedure(grid_search),
+    "trajectory_pca": Procedure(projection_error, _measure_pca),
+    "grid_search": Procedure(relative_alignment),
     "local_error": Procedure(local_error, _measure_local_error),
     "learned_r": Procedure(learned_r, _measure_r),
     "first_slope": Procedure(first_slope, _measure_first_slope),

@@ -1,7 +1,8 @@
-"""The paper's printed numbers, from ``data/paper``."""
+"""The paper's printed numbers, from ``data/paper``, and the words of the rows and columns."""
 
 from functools import lru_cache
 
+import numpy as np
 import pandas as pd
 
 from amedlib.checks import one_of
@@ -73,3 +74,17 @@ def row_names(frame, number):
             for name, col in frame[ROWS[number]].items()
         }
     )
+
+
+def nfe_name(nfe: float) -> str:
+    """The heading of a column; of what is about all NFE together, and has none, "all"."""
+    return f"NFE {nfe:.0f}" if np.isfinite(nfe) else "all"
+
+
+def across_nfe(frame: pd.DataFrame, rows: list[str], value: str) -> pd.DataFrame:
+    """A column of a frame, crossed: ``rows`` not sorted, against the column nfe, ascending."""
+    found = frame.assign(nfe=frame["nfe"].fillna(np.inf)).pivot_table(
+        index=rows, columns="nfe", values=value, aggfunc="first", sort=False
+    )
+    found = found.sort_index(axis=1).rename(columns=nfe_name)
+    return found.rename_axis([None] * len(rows)).rename_axis(None, axis=1)

@@ -21,7 +21,7 @@ from amedlib.study.store import RESULTS, load_result
 AGAIN = RESULTS.parent.parent / "_build" / "reproduce"
 
 
-def stored(dataset: str, results_dir=RESULTS) -> list[Result]:
+def stored_results(dataset: str, results_dir=RESULTS) -> list[Result]:
     """All results of a data set that the store holds, of Runs of the study."""
     found = (load_result(what, results_dir) for what in plans.whole_study(dataset))
     return [result for result in found if result is not None]
@@ -75,7 +75,7 @@ def spot_check(dataset="digits", n=10, seed=None, results_dir=RESULTS, seconds=1
         ValueError: there are fewer than ``n`` such results.
     """
     seed = int.from_bytes(os.urandom(4)) if seed is None else seed
-    results = [r for r in stored(dataset, results_dir) if r.seconds <= seconds]
+    results = [r for r in stored_results(dataset, results_dir) if r.seconds <= seconds]
     require(len(results) >= n, "n", n, f"at most the number of shipped results, {len(results)}")
     chosen = np.random.default_rng(seed).choice(len(results), n, replace=False)
     pairs = []
@@ -95,7 +95,7 @@ def main(arguments=None) -> int:
     parser.add_argument("--device")
     given = parser.parse_args(arguments)
     into = RESULTS if given.fill else AGAIN
-    old = {result.run.key: result for result in stored(given.dataset, RESULTS)}
+    old = {result.run.key: result for result in stored_results(given.dataset, RESULTS)}
     if not (old or given.fill):  # as where the library was installed: results stay in a clone
         parser.error(
             f"{RESULTS} has no results of {given.dataset} to compare with; --fill makes them."
@@ -104,7 +104,7 @@ def main(arguments=None) -> int:
     run_all(plans.whole_study(given.dataset), into, given.device, cluster=cluster)
     if given.fill:
         return 0
-    new = {result.run.key: result for result in stored(given.dataset, into)}
+    new = {result.run.key: result for result in stored_results(given.dataset, into)}
     frame = compare([(old[key], new[key]) for key in old], retrained=True)
     moved = frame[~frame["agrees"]]
     print(f"{len(frame)} results computed again in {into}: {len(moved)} beyond their tolerance.")

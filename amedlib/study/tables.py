@@ -7,7 +7,7 @@ from IPython.display import Markdown
 from amedlib.datasets.files import ASSETS, DATA
 from amedlib.study import plans
 from amedlib.study.execute import measure
-from amedlib.study.published import ROWS, row_names
+from amedlib.study.published import ROWS, across_nfe, nfe_name, row_names
 from amedlib.study.uncertainty import against_baseline, estimates, with_interval
 
 
@@ -22,14 +22,13 @@ def comparison_table(ours: pd.DataFrame, paper: pd.DataFrame | None = None, unit
     cells, best = {}, []
     for nfe, rows in ours.groupby("nfe"):
         rows = rows.set_index("method")
-        key = (f"NFE {nfe}", unit)
+        key = (nfe_name(nfe), unit)
         cells[key] = {m: with_interval(r["value"], r["half"]) for m, r in rows.iterrows()}
         best.append((rows["value"].idxmin(), key))
         if paper is not None:
             values = paper[paper["nfe"] == nfe].set_index("method")["paper"]
-            cells[f"NFE {nfe}", "paper"] = {
-                m: f"{values[m]:.4g}" for m in rows.index if m in values
-            }
+            theirs = {m: f"{values[m]:.4g}" for m in rows.index if m in values}
+            cells[nfe_name(nfe), "paper"] = theirs
     frame = pd.DataFrame(cells).reindex(ours["method"].unique()).fillna("–")
     frame.index.name = None
     bold = pd.DataFrame("", frame.index, frame.columns)
@@ -56,20 +55,18 @@ def cells_table(number: int, measured: pd.DataFrame, unit: str):
         columns = {unit: [f"{a}<br><small>{b}</small>" for a, b in zip(ours, theirs, strict=True)]}
     else:
         columns = {unit: ours, "paper": theirs}
-    found = found.assign(**columns, nfe="NFE " + found["nfe"].astype(str))
-    order = [(nfe, whose) for nfe in found["nfe"].unique() for whose in columns]
-    shape = {"index": ROWS[number], "columns": "nfe", "sort": False, "aggfunc": "first"}
-    frame = found.pivot_table(values=list(columns), **shape).swaplevel(axis=1)[order]
-    bold = found.assign(**dict.fromkeys(columns, "")).astype(dict.fromkeys(columns, object))
-    bold.loc[best, unit] = "font-weight: bold"
-    bold = bold.pivot_table(values=list(columns), **shape).swaplevel(axis=1)[order]
-    frame, bold = (each.reindex(frame.index) for each in (frame, bold))
-    if len(columns) == 1:
-        frame, bold = (each.droplevel(1, axis=1) for each in (frame, bold))
-    shown = [name if name in ("AFS", "AMED") else None for name in ROWS[number]]
-    frame.index.names = bold.index.names = shown
-    frame.columns.names = bold.columns.names = [None] * frame.columns.nlevels
-    return frame.fillna("–").style.apply(lambda _: bold.fillna(""), axis=None)
+    found = found.assign(**columns, style=np.where(found.index.isin(best), "font-weight: bold", ""))
+    frame, *rest = (across_nfe(found, ROWS[number], name) for name in columns)
+    bold = across_nfe(found, ROWS[number], "style").fillna("")
+    if rest:
+        frame = pd.concat([frame, *rest], axis=1, keys=columns).swaplevel(axis=1)
+        frame = frame[[(nfe, whose) for nfe in bold for whose in columns]]
+    frame.index.names = [name if name in ("AFS", "AMED") else None for name in ROWS[number]]
+    return frame.fillna("–").style.apply(
+        lambda ours: bold.set_axis(ours.columns, axis=1),
+        axis=None,
+        subset=frame.columns[:: len(columns)],
+    )
 
 
 def entries_table(entries):
@@ -141,14 +138,8 @@ def verdict_table(judged: pd.DataFrame):
     rows = judged.assign(
         cell=cells,
         comparison=judged["better"] + " − " + judged["worse"],
-        nfe=[f"NFE {n:.0f}" if pd.notna(n) else "all" for n in judged["nfe"]],
     )
-    frame = rows.pivot_table(
-        index=["sentence", "comparison"], columns="nfe", values="cell", aggfunc="first", sort=False
-    ).fillna("–")
-    frame = frame[sorted(frame, key=lambda name: (name == "all", int(name[4:] or 0)))]
-    frame.index.names = [None, None]
-    frame.columns.name = None
+    frame = across_nfe(rows, ["sentence", "comparison"], "cell").fillna("–")
     text = (
         "Paired differences with half widths of their 95 % intervals; negative is what is claimed. "
         "Verdicts are corrected for the number of different comparisons by Holm's method"
@@ -160,7 +151,7 @@ def verdict_table(judged: pd.DataFrame):
     return _with_caption(frame, text + ".")
 
 
-def ledger(claims: pd.DataFrame):
+def ledger_table(claims: pd.DataFrame):
     """The ledger: a claim per row with its mark here and in the paper, and where the evidence is.
 
     Args:
@@ -240,7 +231,7 @@ def learned_r_table(measured: pd.DataFrame) -> pd.DataFrame:
         curves = [result.curves for result in group["result"]]
         means = np.mean([c["r"] for c in curves], axis=0)
         spreads = np.max([c["r_sd"] for c in curves], axis=0)
-        rows[method, f"NFE {nfe}"] = {
+        rows[method, nfe_name(nfe)] = {
             f"step {i}": f"{mean:.3f} ({spread:.3f})"
             for i, (mean, spread) in enumerate(zip(means, spreads, strict=True), 1)
         }

@@ -21,7 +21,8 @@ class DiffusersDenoiser(nn.Module):
     """D(x; t) of a network of diffusers; made by ``from_diffusers``.
 
     Attributes:
-        network: the network, in evaluation mode, with weights in a precision of its own.
+        network: the network, with weights in a precision of its own.
+        autoencoder: of a pipeline for latents, else ``None``.
         scheduler: the scheduler whose convention it follows.
         sigmas: noise levels that it was trained on [levels], ascending float64, for
             ``make_schedule("discrete", sigmas=denoiser.sigmas, ...)``; ``None`` where continuous.
@@ -35,8 +36,9 @@ class DiffusersDenoiser(nn.Module):
 
     def __init__(self, network, scheduler, told: Callable, shape, guidance_scale, time_scale):
         super().__init__()
+        self.autoencoder = None
         self.convention = convention(scheduler)
-        self.network, self.scheduler = network.eval(), scheduler
+        self.network, self.scheduler = network, scheduler
         self.sigmas, (self.sigma_min, self.sigma_max) = self.convention[-2:]
         self.told, self.shape, self.time_scale = told, shape, time_scale
         self.guidance_scale = guidance_scale
@@ -87,6 +89,21 @@ class DiffusersDenoiser(nn.Module):
         skip, gain = self.convention.combine(sigma, alpha)
         denoised = (skip * x + gain * out).to(x.dtype)
         return (denoised, seen[0]) if return_bottleneck else denoised
+
+    @torch.no_grad()
+    def decode(self, x: torch.Tensor, batch: int = 4) -> torch.Tensor:
+        """Images [B, C, H, W] in [-1, 1] of final latents x [B, c, h, w], ``batch`` at a time.
+
+        Raises:
+            ValueError: the model has no autoencoder of this kind; its pipeline decodes the latents.
+        """
+        config = getattr(self.autoencoder, "config", {})
+        simple = "scaling_factor" in config and not config.get("latents_mean") and x.ndim == 4
+        what = f"{type(self.autoencoder).__name__} for {tuple(x.shape)}"
+        require(simple, "autoencoder", what, "a pipeline's for latents [B, c, h, w]")
+        z = x / config["scaling_factor"] + (config.get("shift_factor") or 0)
+        parts = z.to(self.autoencoder.dtype).split(batch)
+        return torch.cat([self.autoencoder.decode(z).sample for z in parts]).clamp(-1, 1)
 
     def scheduler_times(self, num_inference_steps: int, **options) -> torch.Tensor:
         """The scheduler's own times, see ``diffusers_schedulers.scheduler_times``."""
@@ -183,7 +200,9 @@ def from_diffusers(
         told, shape = _arguments(network, conditioning, unconditional), _shape(network)
         unit = type(network).__name__.startswith(UNIT_TIME)
         time_scale = 1 / scheduler.config["num_train_timesteps"] if unit else 1.0
-    return DiffusersDenoiser(network, scheduler, told, shape, guidance_scale, time_scale)
+    denoiser = DiffusersDenoiser(network, scheduler, told, shape, guidance_scale, time_scale)
+    denoiser.autoencoder = getattr(model, "vae", None) or getattr(model, "vqvae", None)
+    return denoiser.eval()
 
 
 def _arguments(network, conditioning: dict, unconditional: dict | None) -> Callable:

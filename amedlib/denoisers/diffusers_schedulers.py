@@ -14,6 +14,7 @@ the ends it is constant, as in diffusers and k-diffusion. Three things differ fr
 - Flow matching starts at the highest finite sigma instead of noise alone, where sigma is infinite.
 """
 
+import copy
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -139,7 +140,7 @@ def scheduler_times(scheduler, num_inference_steps: int, **options) -> torch.Ten
         ValueError: they repeat, as rounding makes them where there are few levels.
     """
     found = convention(scheduler)
-    scheduler = type(scheduler).from_config(scheduler.config)  # whoever gave it may be using it
+    scheduler = copy.deepcopy(scheduler)  # whoever gave it may be using it
     scheduler.set_timesteps(num_inference_steps, **options)
     if hasattr(scheduler, "sigmas"):  # schedulers of second order name each twice
         sigmas = np.asarray(scheduler.sigmas, dtype=np.float64)[:: scheduler.order]

@@ -142,15 +142,16 @@ def from_diffusers(
     """A model of diffusers as a denoiser for ``sample``, in its convention x = x_0 + sigma n.
 
     **A pipeline** is called for one step, and what it tells its network besides x and the time is
-    kept. So all is as there, classifier-free guidance included. ``conditioning`` are arguments of
-    its call that all samples share, such as ``prompt="a cat"`` or ``height=512``. Labels are a list
-    of prompts, or of classes, one per sample; the pipeline is called again for those of another
-    batch than the last one, and the evaluations of its network in such a call are not counted.
+    kept, so that all is as there, classifier-free guidance included. ``conditioning`` are arguments
+    of its call that all samples share, such as ``prompt="a cat"`` or ``height=512``. Labels are a
+    list of prompts, or of classes, one for each sample. For another list than the last one the
+    pipeline is called again, which encodes it and, only where guidance takes two calls of the
+    network, makes the first of them; that evaluation is not counted.
 
-    **A network with its scheduler** gets ``conditioning`` as arguments: tensors of B samples, or of
-    one for all. Labels are a tensor [B, ...] for ``encoder_hidden_states`` or, where there is no
-    such argument, ``class_labels`` (numbers [B] or one-hot [B, classes]); or a dictionary of
-    arguments.
+    **A network with its scheduler** gets ``conditioning`` as arguments, tensors for B samples or
+    for one that stands for all. Labels are a tensor [B, ...] for ``encoder_hidden_states`` or, in
+    networks without that argument, ``class_labels`` (numbers [B] or one-hot [B, classes]); or a
+    dictionary of arguments.
 
     Args:
         model: a pipeline (text to image, video or sound, classes to image, or unconditional), or a
@@ -169,12 +170,7 @@ def from_diffusers(
         ValueError: the model cannot be written as D, or an argument does not fit to it; the
             sentence says why.
     """
-    try:
-        import diffusers
-    except ImportError as error:
-        raise ImportError(
-            "amedlib.from_diffusers needs the package diffusers: pip install 'amedlib[diffusers]'."
-        ) from error
+    diffusers = _library()
     pipeline = isinstance(model, diffusers.DiffusionPipeline)
     known = pipeline or isinstance(model, diffusers.ModelMixin)
     require(known, "model", type(model).__name__, "a pipeline or a network of diffusers")
@@ -182,12 +178,10 @@ def from_diffusers(
     known = isinstance(scheduler, diffusers.SchedulerMixin)
     require(known, "scheduler", type(scheduler).__name__, "a scheduler of diffusers")
     convention(scheduler)  # refuses what it does not know, before work starts
+    known = guidance_scale is None or is_number(guidance_scale)
+    require(known, "guidance_scale", guidance_scale, "a number")
     network = network_of(model) if pipeline else model
-    half = network.dtype.itemsize < 4 and network.device.type == "cpu"
-    allowed = "in float32 on a CPU; move it to a GPU first, or call .float()"
-    require(not half, f"weights of {type(network).__name__}", network.dtype, allowed)
-    weight = guidance_scale is None or is_number(guidance_scale)
-    require(weight, "guidance_scale", guidance_scale, "a number")
+    _check(network)
     if pipeline:
         require(unconditional is None, "unconditional", unconditional, "None for a pipeline")
         if guidance_scale is not None:
@@ -205,6 +199,25 @@ def from_diffusers(
     return denoiser.eval()
 
 
+def _library():
+    try:
+        import diffusers
+    except ImportError as error:
+        raise ImportError(
+            "amedlib.from_diffusers needs the package diffusers: pip install 'amedlib[diffusers]'."
+        ) from error
+    return diffusers
+
+
+def _check(network) -> None:
+    name = type(network).__name__
+    known = "timestep" in inspect.signature(network.forward).parameters
+    require(known, "network", name, "one with an argument timestep")
+    half = network.dtype.itemsize < 4 and network.device.type == "cpu"
+    allowed = "in float32 on a CPU; move it to a GPU first, or call .float()"
+    require(not half, f"weights of {name}", network.dtype, allowed)
+
+
 def _arguments(network, conditioning: dict, unconditional: dict | None) -> Callable:
     """What a network is told for labels and a batch, as ``Told`` does for a pipeline's."""
     parameters = inspect.signature(network.forward).parameters
@@ -214,9 +227,8 @@ def _arguments(network, conditioning: dict, unconditional: dict | None) -> Calla
     def check(given):
         allowed = f"an argument of {type(network).__name__} besides {x!r} and the time"
         for name in given:
-            require(
-                name in parameters and name not in (x, "timestep"), "conditioning", name, allowed
-            )
+            own = name in parameters and name not in (x, "timestep")
+            require(own, "conditioning", name, allowed)
 
     def told(labels, count):
         own = {} if labels is None else labels

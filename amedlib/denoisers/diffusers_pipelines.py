@@ -47,7 +47,7 @@ def _listen(pipeline, network, arguments: dict, enough: int | None = None):
     pipeline.set_progress_bar_config(**bar | {"disable": True})
     pipeline.scheduler.step = step
     try:  # a generator of its own, so that nobody else's random numbers are used up
-        pipeline(**{"num_inference_steps": 4, "generator": torch.Generator()} | arguments)
+        pipeline(**{"num_inference_steps": 2, "generator": torch.Generator()} | arguments)
     except _Heard:
         pass
     finally:
@@ -84,7 +84,7 @@ def network_of(pipeline):
 
 
 class Told:
-    """What a pipeline's network is told besides x and the time.
+    """What a pipeline's network is told besides x and the time, for labels of a batch.
 
     Called with labels and the size of the batch, it returns one dictionary of arguments or, with
     guidance, two: the conditional and the unconditional one.
@@ -108,9 +108,8 @@ class Told:
         self.names = list(inspect.signature(network.forward).parameters)
         self.first = next(iter(self.options))
         self._check()
-        self.free = self.first != "batch_size" and not {self.first, "prompt_embeds"} & {
-            *conditioning
-        }
+        fixed = self.first == "batch_size" or {self.first, "prompt_embeds"} & conditioning.keys()
+        self.free = not fixed  # then labels say what the samples are
         require(not self.free or self.first in EXAMPLES, self.first, None, "given")
         example = conditioning | ({self.first: EXAMPLES[self.first]} if self.free else {})
         calls, time_step, latents = _listen(pipeline, network, example)
@@ -171,15 +170,14 @@ class Told:
         Raises:
             ValueError: the labels do not fit to the batch.
         """
-        if labels is None:
-            require(not self.free, "labels", None, f"{count} of what {self.first!r} is")
+        if not self.free:
+            allowed = "None where conditioning or the model says what all samples are"
+            require(labels is None, "labels", labels, allowed)
             return self.latest[1]
-        fixed = "None where nothing is free: conditioning or the model says what the samples are"
-        require(self.free, "labels", labels, fixed)
-        labels = labels.argmax(1) if torch.is_tensor(labels) and labels.ndim == 2 else labels
-        labels = labels.tolist() if torch.is_tensor(labels) else labels
+        if torch.is_tensor(labels):
+            labels = (labels.argmax(1) if labels.ndim == 2 else labels).tolist()
         valid = isinstance(labels, list | tuple) and len(labels) == count
-        require(valid, "labels", labels, f"a list of {count}, one for each sample")
+        require(valid, "labels", labels, f"a list of {count}, one {self.first!r} for each sample")
         if self.latest[0] != list(labels):
             arguments = self.conditioning | {self.first: list(labels)}
             calls, *_ = _listen(self.pipeline, self.network, arguments, self.calls)

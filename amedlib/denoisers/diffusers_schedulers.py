@@ -7,11 +7,18 @@ and 1 / (1 + sigma) of flow matching, whose time is sigma / (1 + sigma) and whos
 multiplies sigma.
 
 Between two levels that a network was trained on, its time step is linear in log sigma, and beyond
-the ends it is constant, as in diffusers and k-diffusion. Three things differ from diffusers:
+the ends it is constant, as in diffusers and k-diffusion. What differs from diffusers:
 
-- Nothing is rounded, while DPM-Solver++, UniPC and DEIS round time steps between two levels.
+- Nothing is rounded, while DPM-Solver++, UniPC and DEIS round time steps between two levels. And
+  where time steps are given, as for Euler's equal spacing, diffusers takes sigma itself as linear.
 - What schedulers do to D (``clip_sample``, ``thresholding``) is left out; it belongs to a solver.
 - Flow matching starts at the highest finite sigma instead of noise alone, where sigma is infinite.
+- Times end above zero. A scheduler's last step to zero is D at the last time, for which
+  ``sample`` makes no evaluation; and lower orders at the end come one step earlier than there.
+- DEIS of diffusers has its polynomial in log sigma; ours is in the VP time or in sigma.
+
+Otherwise our solvers take the steps of Euler, Heun, DPM-Solver++, UniPC and FlowMatchEuler in
+diffusers, up to the single precision of its tables (``tests/test_denoisers_diffusers.py``).
 """
 
 import copy

@@ -17,6 +17,7 @@ from amedlib.training import Training, train
 
 # Each is loaded with its module when it is first asked for.
 _LATER = {
+    "from_diffusers": "amedlib.denoisers.diffusers_models",
     "describe": "amedlib.datasets.entries",
     "load_dataset": "amedlib.datasets.loaders",
     "Run": "amedlib.study.run",

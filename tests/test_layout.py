@@ -11,7 +11,7 @@ import pytest
 LIBRARY = Path(__file__).parents[1] / "amedlib"
 WINGS = ("method", "denoisers", "datasets", "study")
 # What `import amedlib` must not load.
-HEAVY = {"pandas", "matplotlib", "sklearn", "requests", "papermill", "dask", "IPython"}
+HEAVY = {"pandas", "matplotlib", "sklearn", "requests", "papermill", "dask", "IPython", "diffusers"}
 
 
 def wing(module: str) -> str:

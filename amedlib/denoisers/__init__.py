@@ -2,7 +2,19 @@
 
 from importlib import import_module
 
-__all__ = ["adm", "cifar10", "digits", "edm", "exact", "latent", "layers", "unet"]
+__all__ = [
+    "adm",
+    "cifar10",
+    "diffusers_models",
+    "diffusers_pipelines",
+    "diffusers_schedulers",
+    "digits",
+    "edm",
+    "exact",
+    "latent",
+    "layers",
+    "unet",
+]
 
 
 def __getattr__(name: str):

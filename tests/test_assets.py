@@ -821,16 +821,16 @@ def test_checkpoints_are_pinned_once_their_network_is_made(cache, monkeypatch, p
         for asset in assets:
             monkeypatch.setitem(ASSETS, asset, replace(ASSETS[asset], urls=(server.url,)))
         with pytest.raises(ValueError, match="it cannot be read: "):
-            loaders.load_dataset.__wrapped__(name)
+            loaders._load.__wrapped__(name, "cpu")
         assert not lock.exists()
     with ExitStack() as servers:
         for asset, content in zip(assets, contents[name], strict=True):
             url = servers.enter_context(serving(content)).url
             monkeypatch.setitem(ASSETS, asset, replace(ASSETS[asset], urls=(url,)))
-        data = loaders.load_dataset.__wrapped__(name)
+        data = loaders._load.__wrapped__(name, "cpu")
     assert sorted(line.split()[-1] for line in lock.read_text().splitlines()) == sorted(assets)
     assert data.fingerprint == files.fingerprint(assets)
-    again = loaders.load_dataset.__wrapped__(name)  # no server: they are there
+    again = loaders._load.__wrapped__(name, "cpu")  # no server: they are there
     x, t = torch.ones(2, 3, 4, 4), torch.tensor(1.0)
     if name == "afhqv2":
         x = torch.ones(2, SONG["img_channels"], 8, 8)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from amedlib import checks
-from amedlib.checks import flag, require, whole
+from amedlib.checks import flag, is_whole, require, whole
 from amedlib.compute import best_device
 from amedlib.intermediate import Intermediate, TimeWise
 from amedlib.solvers import Evaluation, Solver, TwoStage
@@ -208,10 +208,13 @@ def _checked_labels(labels, batch: int):
         labels = _tensor("labels", labels)
     if labels is None:
         return None
-    words = isinstance(labels, list | tuple) and all(isinstance(each, str) for each in labels)
-    fits = (words or torch.is_tensor(labels) and labels.ndim > 0) and len(labels) == batch
+    listed = isinstance(labels, list | tuple) and all(
+        isinstance(each, str) or is_whole(each) for each in labels
+    )
+    fits = (listed or torch.is_tensor(labels) and labels.ndim > 0) and len(labels) == batch
     given = tuple(labels.shape) if torch.is_tensor(labels) else labels
-    require(fits, "labels", given, f"None, a tensor [{batch}, ...] or a list of {batch} strings")
+    allowed = f"None, a tensor [{batch}, ...] or a list of {batch} strings or whole numbers"
+    require(fits, "labels", given, allowed)
     return labels
 
 
@@ -299,7 +302,7 @@ def sample(
         afs: analytical first step, saves one evaluation.
         intermediate: ``None`` for the plain solver; ``TimeWise`` or a ``Predictor`` for AMED-Solver
             and AMED-Plugin.
-        labels: handed to the denoiser; a tensor [B, ...], or a list of B strings.
+        labels: handed to the denoiser; a tensor [B, ...], or a list of B strings or numbers.
         trajectory: keep the states at all N time points.
 
     Raises:

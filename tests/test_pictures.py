@@ -166,7 +166,7 @@ def test_every_nfe_has_its_line_of_learned_r():
     """Also more than there are colours, and where all trainings agree to the last bit."""
     curves = {"r": [0.4, 0.3], "r_sd": [0.01, 0.02]}
     panels = {"AMED-Solver": {nfe: [curves] * 3 for nfe in range(3, 12)}}
-    figure = figures.learned_r(panels)
+    figure = figures.learned_r_figure(panels)
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert [label for label in labels if label.startswith("NFE")] == [
         f"NFE {nfe}" for nfe in range(3, 12)

@@ -10,6 +10,7 @@ import torch
 from toys import TinyNet
 
 import amedlib
+from amedlib.denoisers import edm
 from amedlib.denoisers.exact import GaussianDenoiser
 from amedlib.intermediate import Intermediate
 from amedlib.solvers import SOLVERS, canonical_options
@@ -223,6 +224,12 @@ def test_numpys_numbers_and_arrays_are_taken():
     assert training == amedlib.Training(solver="ipndm", num_steps=4, seed=3)
 
 
+def classes():
+    """A network of ten classes."""
+    sizes = {"img_resolution": 4, "img_channels": 1, "label_dim": 10, "model_channels": 4}
+    return edm.EDMPrecond(**sizes, channel_mult=[1], num_blocks=1)
+
+
 TIMES = amedlib.make_schedule(num_steps=5)
 LATENTS = amedlib.make_latents(range(3), (1, 4, 4))
 EULER = amedlib.make_solver("euler")
@@ -270,12 +277,20 @@ EULER = amedlib.make_solver("euler")
             "trajectory must be True or False",
         ),
         (
-            lambda: amedlib.sample(normal, LATENTS, TIMES, EULER, labels=[1, 2, 3]),
+            lambda: amedlib.sample(normal, LATENTS, TIMES, EULER, labels=[1, 2]),
+            r"labels must be None, a tensor .*; \[1, 2\] was given",
+        ),
+        (
+            lambda: amedlib.sample(normal, LATENTS, TIMES, EULER, labels=[1.0, 2.0, None]),
             "labels must be None, a tensor",
         ),
         (
+            lambda: amedlib.sample(classes(), LATENTS, TIMES, EULER, labels=[1, 2, 3]),
+            r"labels must be of shape \[3, 10\]; \[1, 2, 3\] was given",
+        ),
+        (
             lambda: amedlib.sample(normal, LATENTS, TIMES, EULER, labels=torch.ones(2, 10)),
-            r"labels must be None, a tensor \[3, ...\] or a list of 3 strings; \(2, 10\) was given",
+            r"labels must be None, a tensor \[3, ...\] or a list of 3 .*; \(2, 10\) was given",
         ),
         (lambda: amedlib.run(amedlib.Run(nfe=3), None), "results_dir must be a path"),
         (lambda: amedlib.run(amedlib.Run(nfe=3), 5), "results_dir must be a path"),

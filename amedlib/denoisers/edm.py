@@ -50,9 +50,8 @@ class _Precond(nn.Module):
             require(False, "sigma", tuple(sigma.shape), f"one number or one per image ({len(x)})")
         if labels is not None:
             allowed = f"of shape [{len(x)}, {self.label_dim}]" if self.label_dim else "None"
-            require(
-                labels.shape == (len(x), self.label_dim), "labels", tuple(labels.shape), allowed
-            )
+            given = tuple(labels.shape) if torch.is_tensor(labels) else labels
+            require(given == (len(x), self.label_dim), "labels", given, allowed)
             labels = labels.to(weight.dtype)
         elif self.label_dim:
             labels = x.new_zeros(1, self.label_dim)

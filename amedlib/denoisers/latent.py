@@ -137,7 +137,7 @@ class LatentDenoiser(nn.Module):
             require(labels is None, "labels", labels, "None for a model without text")
         else:
             shape = (count, *self.no_text.shape[1:])
-            given = None if labels is None else tuple(labels.shape)
+            given = tuple(labels.shape) if torch.is_tensor(labels) else labels
             require(
                 given == shape, "labels", given, f"of shape {list(shape)}, from encode(prompts)"
             )

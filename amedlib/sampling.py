@@ -208,6 +208,8 @@ def _checked_labels(labels, batch: int):
         labels = _tensor("labels", labels)
     if labels is None:
         return None
+    if isinstance(labels, dict):  # several kinds of labels, by name
+        return {name: _checked_labels(each, batch) for name, each in labels.items()}
     listed = isinstance(labels, list | tuple) and all(
         isinstance(each, str) or is_whole(each) for each in labels
     )
@@ -248,6 +250,11 @@ def check_inputs(denoiser, latents, times, solver, intermediate) -> None:
         intermediate,
         "None or a callable, such as TimeWise or a Predictor",
     )
+    _check_intermediate(denoiser, times, solver, intermediate)
+
+
+def _check_intermediate(denoiser, times, solver, intermediate) -> None:
+    """That it fits the denoiser, and was trained for this solver and number of steps."""
     if getattr(intermediate, "uses_bottleneck", False):
         require(
             getattr(denoiser, "gives_bottleneck", False),
@@ -302,7 +309,8 @@ def sample(
         afs: analytical first step, saves one evaluation.
         intermediate: ``None`` for the plain solver; ``TimeWise`` or a ``Predictor`` for AMED-Solver
             and AMED-Plugin.
-        labels: handed to the denoiser; a tensor [B, ...], or a list of B strings or numbers.
+        labels: handed to the denoiser; a tensor [B, ...], a list of B strings or numbers, or a
+            dictionary of such.
         trajectory: keep the states at all N time points.
 
     Raises:

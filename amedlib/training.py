@@ -263,6 +263,21 @@ class Trainer:
         self.log, self.seconds = log, seconds
 
 
+def _begun(make: Callable[[], Trainer], partial: Path) -> Trainer:
+    """A trainer that goes on from the state in a file, if there is one that can be read."""
+    trainer = make()
+    if partial.is_file():
+        try:
+            trainer.resume(partial)
+        except Damaged as error:
+            warnings.warn(f"{error} Training begins anew.", stacklevel=3)
+            return make()
+        except ValueError:
+            if partial.is_file():  # else another process has just finished this training
+                raise
+    return trainer
+
+
 def train(
     denoiser,
     config: Training,
@@ -293,17 +308,8 @@ def train(
         return load_predictor(path, config, denoiser, shape)
     require(not path.exists(), "path", str(path), "that of a file")
     check_writable(path.parent, "the folder of path")
-    trainer = Trainer(denoiser, config, shape, distance, device, labels)
     partial = path.with_name(f"{path.name}.partial")
-    if partial.is_file():
-        try:
-            trainer.resume(partial)
-        except Damaged as error:
-            warnings.warn(f"{error} Training begins anew.", stacklevel=2)
-            trainer = Trainer(denoiser, config, shape, distance, device, labels)
-        except ValueError:
-            if partial.is_file():  # else another process has just finished this training
-                raise
+    trainer = _begun(lambda: Trainer(denoiser, config, shape, distance, device, labels), partial)
     name = f"{config.solver}, {config.num_steps} points, seed {config.seed}"
     with tqdm(
         total=trainer.batches,
@@ -314,9 +320,8 @@ def train(
         while len(trainer.log) < trainer.batches:
             trainer.step()
             loss, r, _ = zip(*trainer.log[-1], strict=True)
-            bar.set_postfix_str(
-                f"loss {sum(loss):.3g}, r " + " ".join(f"{value:.2f}" for value in r)
-            )
+            where = " ".join(f"{value:.2f}" for value in r)
+            bar.set_postfix_str(f"loss {sum(loss):.3g}, r {where}")
             bar.update()
             if callable(progress):
                 progress()

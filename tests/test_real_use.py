@@ -209,6 +209,11 @@ def test_numpys_numbers_and_arrays_are_taken():
         lambda x, t, labels: seen.append(labels) or x, latents, times, solver, labels=labels
     )
     assert torch.equal(seen[0], torch.eye(3))
+    for each in (["a", "b", "c"], [3, 1, np.int64(2)], {"tokens": torch.ones(3, 2), "size": None}):
+        amedlib.sample(
+            lambda x, t, labels: seen.append(labels) or x, latents, times, solver, labels=each
+        )
+        assert seen[-1] == each
     r = amedlib.TimeWise(np.array([0.25, 0.5, 0.75, 0.5], np.float32))
     assert r.table == [0.25, 0.5, 0.75, 0.5]
     run = amedlib.Run(
@@ -283,6 +288,10 @@ EULER = amedlib.make_solver("euler")
         (
             lambda: amedlib.sample(normal, LATENTS, TIMES, EULER, labels=[1.0, 2.0, None]),
             "labels must be None, a tensor",
+        ),
+        (
+            lambda: amedlib.sample(normal, LATENTS, TIMES, EULER, labels={"a": torch.ones(2, 4)}),
+            r"labels must be None, a tensor .*; \(2, 4\) was given",
         ),
         (
             lambda: amedlib.sample(classes(), LATENTS, TIMES, EULER, labels=[1, 2, 3]),

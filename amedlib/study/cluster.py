@@ -251,6 +251,61 @@ def _what_failed(future: Future) -> Exception | None:
     return error
 
 
+class _Course:
+    """The course of the work: which tasks run, which are suspected of killing who does them.
+
+    Args:
+        done: called with the key of a task that is done.
+    """
+
+    def __init__(self, tasks: dict[str, Task], workers: Workers, done: Callable[[str], None]):
+        self.tasks, self.workers, self.done = tasks, workers, done
+        self.board, self.running = Board(tasks), {}
+        self.suspects, self.held, self.tried = [], [], set()
+        self.finished: queue.SimpleQueue = queue.SimpleQueue()
+
+    def start(self, key: str) -> None:
+        """Hand a task over, if something still wants it."""
+        if self.board.wanted(key):
+            self.running[key] = self.workers.submit(self.tasks[key])
+            self.running[key].add_done_callback(lambda _: self.finished.put(key))
+
+    def begin(self, key: str) -> None:
+        """Start a task, or hold it while what the same result needs is suspected."""
+        if any(self.board.share(key, suspect) for suspect in self.suspects):
+            self.held.append(key)
+        else:
+            self.start(key)
+
+    def end_next(self) -> None:
+        """Wait for a task to end, and note what became of it."""
+        key = self.finished.get()
+        error = _what_failed(self.running.pop(key))
+        if error is None:
+            self.done(key)
+            self.board.done(key)
+        elif not self.board.wanted(key):
+            pass  # whatever became of it
+        elif _died(error) and key not in self.tried:
+            self.suspects.append(key)
+        else:
+            if _died(error):
+                error = RuntimeError("the process that computes it dies, every time")
+            self.board.fail(key, error)
+            for each in self.running:
+                if not self.board.wanted(each):
+                    self.running[each].cancel()
+
+    def try_suspect(self) -> None:
+        """Try the first suspect by itself; then what was held for it may begin."""
+        self.tried.add(key := self.suspects.pop(0))
+        self.start(key)
+        if self.running:
+            self.end_next()
+        while self.held:
+            self.board.enter(self.held.pop())
+
+
 def do(
     tasks: dict[str, Task], workers: Workers, done: Callable[[str], None]
 ) -> dict[str, Exception]:
@@ -263,55 +318,21 @@ def do(
     Returns:
         The keys of tasks that failed, or need one that did, with the error.
     """
-    board, running, suspects, tried, held = Board(tasks), {}, [], set(), []
-    finished: queue.SimpleQueue = queue.SimpleQueue()
-
-    def start(key):
-        running[key] = workers.submit(tasks[key])
-        running[key].add_done_callback(lambda _: finished.put(key))
-
-    def end(key):
-        error = _what_failed(running.pop(key))
-        if error is None:
-            done(key)
-            board.done(key)
-        elif not board.wanted(key):
-            pass  # whatever became of it
-        elif _died(error) and key not in tried:
-            suspects.append(key)
-        else:
-            if _died(error):
-                error = RuntimeError("the process that computes it dies, every time")
-            board.fail(key, error)
-            for each in running:
-                if not board.wanted(each):
-                    running[each].cancel()
-
-    def begin(key):
-        if any(board.share(key, suspect) for suspect in suspects):
-            held.append(key)
-        elif board.wanted(key):
-            start(key)
-
+    course = _Course(tasks, workers, done)
     try:
         while True:
-            key = board.next() if len(running) < workers.room() else None
+            key = course.board.next() if len(course.running) < workers.room() else None
             if key is not None:
-                begin(key)
-            elif not running and suspects:
-                tried.add(key := suspects.pop(0))
-                if board.wanted(key):
-                    start(key)
-                    end(finished.get())
-                while held:
-                    board.enter(held.pop())
-            elif not running:
-                return board.failed
+                course.begin(key)
+            elif not course.running and course.suspects:
+                course.try_suspect()
+            elif not course.running:
+                return course.board.failed
+            else:
+                course.end_next()
             # What is done is noted between two submissions, and awaited when nothing can start.
-            if running and key is None:
-                end(finished.get())
-            while not finished.empty():
-                end(finished.get())
+            while not course.finished.empty():
+                course.end_next()
     finally:
-        for future in running.values():
+        for future in course.running.values():
             future.cancel()

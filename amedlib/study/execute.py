@@ -233,8 +233,8 @@ def _tasks(what: Run, results_dir: Path, device, fingerprint: str) -> dict[str, 
         tasks |= _tasks(what.search(), results_dir, device, fingerprint)
         needs.append(result_path(what.search(), results_dir))
     if what.predictor is not None:
-        path_of_it = predictor_path(what, results_dir)
-        needs.append(add(path_of_it, _finish_predictor, there=is_whole_predictor))
+        predictor = predictor_path(what, results_dir)
+        needs.append(add(predictor, _finish_predictor, there=is_whole_predictor))
     procedure = PROCEDURES[what.metric]
     if what.metric in OF_SAMPLES and "endpoint_error" in qualities(what):
         solution = solution_path(what, results_dir)

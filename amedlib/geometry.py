@@ -238,17 +238,6 @@ def local_errors(
     return torch.stack(errors)
 
 
-def _solution(sampler, every):
-    """Every so many states of a sampler that runs to the end, [N, B, C, H, W]."""
-    states = []
-    for i in range(len(sampler.times) - 1):
-        sampler.advance()
-        if i % every == 0:
-            states.append(sampler.start)
-    sampler.finish()
-    return torch.stack([*states, sampler.x])
-
-
 @torch.no_grad()
 def accurate_solution(
     denoiser,
@@ -295,5 +284,6 @@ def accurate_solution(
     for first in range(0, len(latents), batch):
         x = latents[first : first + batch].to(torch.float64) * refined[0]
         some = None if labels is None else labels[first : first + batch]
-        parts.append(_solution(Sampler(denoiser, x, refined, solver, labels=some), every))
+        states, _ = Sampler(denoiser, x, refined, solver, labels=some).run(every)
+        parts.append(torch.stack(states))
     return torch.cat(parts, dim=1)

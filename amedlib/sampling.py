@@ -194,6 +194,22 @@ class Sampler:
         if self.solver.corrects_after(self._steps, self.points):
             self._remember(self.times[-1], self._evaluate(self.times[-1])[0])
 
+    def run(self, every: int = 1) -> tuple[list, list]:
+        """Cross all intervals.
+
+        Returns:
+            Every so many states, the first and the last included, and what ``advance`` returned at
+            each of them but the last.
+        """
+        states, evaluations = [], []
+        for i in range(len(self.times) - 1):
+            evaluated = self.advance()
+            if i % every == 0:
+                states.append(self.start)
+                evaluations.append(evaluated)
+        self.finish()
+        return [*states, self.x], evaluations
+
 
 def _tensor(name: str, given, dtype=None) -> torch.Tensor:
     """Numbers as a tensor."""

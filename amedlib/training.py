@@ -48,14 +48,7 @@ def _teach(denoiser, x, config, labels):
     """
     times = config.teacher_times().to(x.device)
     teacher = Sampler(denoiser, x, times, config.teacher_solver(), labels=labels)
-    states, evaluations = [], []
-    for i in range(len(teacher.times) - 1):
-        evaluated = teacher.advance()
-        if i % (config.m + 1) == 0:
-            states.append(teacher.start)
-            evaluations.append(evaluated)
-    teacher.finish()
-    return [*states, teacher.x], evaluations
+    return teacher.run(config.m + 1)
 
 
 class _Frozen(Wrapper):

@@ -31,6 +31,27 @@ class Intermediate(NamedTuple):
     scale_time: torch.Tensor | float = 1.0
 
 
+class Directions(NamedTuple):
+    """An ``Intermediate`` of more freedom: any number of points, and the solver's coefficients.
+
+    Attributes:
+        r, scale_time: as of ``Intermediate``, one for each of K points that are evaluated side by
+            side; none for a step without a second evaluation.
+        weights: of these points; what they find counts as one evaluation, their weighted mean (the
+            parallel directions of EPD, Zhu et al., 2025).
+        scale_dir: as of ``Intermediate``.
+        coefficients: what is added to the solver's own coefficients in the step that follows: for
+            j = 0, 1, ... a multiple of the first-order step with the j-th backward difference of
+            the outputs in the history. With them a multistep solver is any other (S4S).
+    """
+
+    r: tuple = ()
+    scale_time: tuple = ()
+    weights: tuple = ()
+    scale_dir: torch.Tensor | float = 1.0
+    coefficients: tuple = ()
+
+
 class TimeWise:
     """The same r for all samples: one number for all steps, or a table with one per step."""
 
@@ -160,39 +181,3 @@ class Predictor(nn.Module):
             near_one(self.scale_dir, "fc_scale_dir"),
             near_one(self.scale_time, "fc_scale_time"),
         )
-
-
-class LearnedTable(nn.Module):
-    """One free r for every step and no network: a ``TimeWise`` that can be trained.
-
-    It belongs to the number of steps that it was made for. All r start at 0.5.
-
-    Args:
-        intervals: number of steps, N-1.
-    """
-
-    uses_bottleneck = False
-    bottleneck_size = None
-    trained_for = None  # as of ``Predictor``
-
-    def __init__(self, intervals: int):
-        super().__init__()
-        # A parameter each: the optimiser then moves only those that a loss depends on.
-        zeros = (
-            nn.Parameter(torch.zeros((), dtype=torch.float32, device="cpu"))
-            for _ in range(intervals)
-        )
-        self.logits = nn.ParameterList(zeros)
-
-    def check(self, intervals: int) -> None:
-        """Raise ``ValueError`` unless there is an r for each of ``intervals`` steps."""
-        require(
-            len(self.logits) == intervals,
-            "the number of steps of a learned table",
-            len(self.logits),
-            f"the number of steps, {intervals}",
-        )
-
-    def forward(self, step, t_cur, t_next, bottleneck) -> Intermediate:
-        """The r of a step, a 0-dimensional tensor; times and bottleneck are not used."""
-        return Intermediate(torch.sigmoid(self.logits[step]))

@@ -6,6 +6,7 @@ from dataclasses import KW_ONLY, dataclass, field
 import torch
 
 from amedlib.checks import flag, is_number, one_of, require, whole
+from amedlib.freedoms import FREEDOMS
 from amedlib.intermediate import FORMS
 from amedlib.method import Method
 from amedlib.solvers import canonical_options, make_solver
@@ -49,6 +50,11 @@ class Training(Method):
             through the whole trajectory, as LD3 and S4S train their few scalars.
         form, scale_dir, scale_time, uses_bottleneck: see ``Predictor``; the form ``"table"`` is
             ``LearnedTable``, which uses no bottleneck.
+        freedoms: what is learned, see ``LearnedTable``. In the form ``"table"`` a table of all of
+            them; else the network predicts r, and scale_dir and scale_time where their bounds are
+            not zero, and a table the rest.
+        points: K, the number of intermediate points that a table has in a step.
+        passes: how often the trajectories are seen; their ends are computed once.
         start: where the student starts a step, ``"student"`` or ``"teacher"``.
         images: trajectories seen in training; a whole number of batches is used.
         batch: trajectories per update; every batch makes one update per step, or only one with the
@@ -79,9 +85,13 @@ class Training(Method):
     learning_rate: float = 5e-3
     gradient: str = "reverse"
     seed: int = 0
+    freedoms: tuple[str, ...] = ("r",)
+    points: int = 1
+    passes: int = 1
 
     def __post_init__(self):
         super().__post_init__()
+        self._check_freedoms()
         self._complete()
         self._check_choices()
         self._check_numbers()
@@ -98,6 +108,18 @@ class Training(Method):
         if many or self.objective == "endpoint":  # the trajectory is the student's own
             defaults["start"] = "student"
         self._set(**{name: v for name, v in defaults.items() if getattr(self, name) is None})
+
+    def _check_freedoms(self):
+        given = self.freedoms
+        require(
+            isinstance(given, list | tuple) and len(given) > 0 and len(set(given)) == len(given),
+            "freedoms",
+            given,
+            "a list of different names",
+        )
+        for name in given:
+            one_of("a freedom", name, FREEDOMS)
+        self._set(freedoms=tuple(name for name in FREEDOMS if name in given))
 
     def _check_choices(self):
         for name, allowed in {
@@ -129,15 +151,35 @@ class Training(Method):
             self.uses_bottleneck,
             'False in the form "table"',
         )
+        self._check_freedoms_fit(solver)
         whole = {"start": "student", "gradient": "reverse"}
         for name, value in whole.items() if self.objective == "endpoint" else ():
             given = getattr(self, name)
             require(given == value, name, given, f"{value!r} for the objective 'endpoint'")
 
+    def _check_freedoms_fit(self, solver):
+        """That what is learned goes together with how, and with the solver."""
+        free, table = self.freedoms, self.form == "table"
+        for name, value, needed in (
+            ("objective", "endpoint", "times" in free or self.passes > 1),
+            ("gradient", "reverse", free != ("r",)),
+            ("points", 1, not table or "r" not in free),
+        ):
+            given = getattr(self, name)
+            how = f"{value!r} for the freedoms {free} and {self.passes} passes in this form"
+            require(given == value or not needed, name, given, how)
+        for name, needed, allowed in (
+            ("r", solver.single_step and table, "with 'r' for a single-step solver"),
+            ("coefficients", self.solver == "unipc", "without 'coefficients' for UniPC"),
+        ):
+            require((name in free) == (name == "r") or not needed, "freedoms", free, allowed)
+
     def _check_numbers(self):
         for name, low, high, allowed in (
             ("m", 1, 10**6, "a whole number of at least 1"),
             ("images", 1, 10**12, "a whole number of at least 1"),
+            ("passes", 1, 10**6, "a whole number of at least 1"),
+            ("points", 1, 100, "a whole number of at least 1"),
             ("batch", 1, 10**12, "a whole number of at least 1"),
             ("num_steps", 2, 10**6, "a whole number of at least 2 time points"),
             ("seed", 0, 999, "a whole number from 0 to 999"),

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ import torch
 from amedlib import checks
 from amedlib.checks import flag, is_whole, require, whole
 from amedlib.compute import best_device
-from amedlib.intermediate import Intermediate, TimeWise
+from amedlib.intermediate import Directions, Intermediate, TimeWise
 from amedlib.solvers import Evaluation, Solver, TwoStage
 
 
@@ -24,11 +25,13 @@ class Sample:
         x: final states [B, ...], float64.
         trajectory: states at all time points [N, B, ...], or ``None``.
         nfe: network evaluations per sample, counted.
+        parallel_nfe: the same, where evaluations that are made side by side count as one.
     """
 
     x: torch.Tensor
     trajectory: torch.Tensor | None
     nfe: int
+    parallel_nfe: int
 
 
 def make_latents(seeds: Iterable[int], shape: tuple[int, ...], device="cpu") -> torch.Tensor:
@@ -100,17 +103,23 @@ class Sampler:
                 f"given for solver {solver.name!r}, which has no location of its own",
             )
             intermediate = _fixed(solver.r)
-        self.denoiser, self.times, self.solver = denoiser, times, solver
+        self.denoiser, self.solver = denoiser, solver
         self.afs, self.intermediate, self.labels = afs, intermediate, labels
-        self.points = len(times) if intermediate is None else 2 * len(times) - 1
+        # An intermediate may have learned the times, and at which the network is evaluated.
+        learned = getattr(intermediate, "schedule", None)
+        self.times, self.network_times = learned(times) if learned else (times, times)
+        twice = intermediate is not None and getattr(intermediate, "evaluates", True)
+        self.points = 2 * len(times) - 1 if twice else len(times)
         self.x = self.start = x
         self.history: deque[Evaluation] = deque(maxlen=solver.memory)
-        self.nfe = 0
+        self.nfe = self.parallel_nfe = 0
         self.interval = 0
-        self._steps = 0  # taken on the refined grid
+        self._steps = 0  # whose starts are evaluated, on the refined grid
 
-    def _evaluate(self, t, bottleneck=False):
-        self.nfe += getattr(self.denoiser, "evaluations_per_call", 1)
+    def _evaluate(self, t, bottleneck=False, beside=False):
+        made = getattr(self.denoiser, "evaluations_per_call", 1)
+        self.nfe += made
+        self.parallel_nfe += 0 if beside else made
         if bottleneck and getattr(self.denoiser, "gives_bottleneck", False):
             found = self.denoiser(self.x, t, self.labels, return_bottleneck=True)
             require(
@@ -128,12 +137,15 @@ class Sampler:
             require(False, "what the denoiser returns", given, allowed)
         return found
 
-    def _remember(self, t, denoised):
-        """Enter an evaluation at (self.x, t) into the history; the solver may correct the state."""
-        denoised = denoised.to(self.x.dtype)
-        self.history.append(Evaluation(self.x, t, self.solver.output(self.x, t, denoised)))
+    def _remember(self, x, t, output):
+        """Enter an evaluation into the history; the solver may correct the state."""
+        self.history.append(Evaluation(x, t, output))
         self.x = self.solver.corrected(self.history, self._steps, self.points)
         self.history[-1] = replace(self.history[-1], x=self.x)
+        self._steps += 1
+
+    def _output(self, t, denoised):
+        return self.solver.output(self.x, t, denoised.to(self.x.dtype))
 
     def _fitting(self, value):
         """A number for all samples, or one per sample, so that it multiplies states."""
@@ -142,11 +154,36 @@ class Sampler:
         value = value.to(self.x.dtype)
         return value.reshape(-1, *[1] * (self.x.ndim - 1)) if value.ndim else value
 
-    def _step(self, t, scale=1.0):
-        self._steps += 1
+    def _step(self, t, scale=1.0, coefficients=()):
         order = self.solver.order_at(self._steps, self.points)
         self.history[-1] = replace(self.history[-1], order=order, scale=scale)
         self.x = self.solver.step(self.history, t, order, scale)
+        differences, found = [e.output for e in reversed(self.history)], []
+        for c, _ in zip(coefficients, self.history, strict=False):
+            found.append(c * differences[0])
+            differences = [new - old for new, old in pairwise(differences)]
+        if found:
+            self.x = self.x + self.solver.first_order(self.history, t, sum(found))
+
+    def _look(self, t_cur, t_next, learned):
+        """Evaluate inside the step, at points side by side if there are several."""
+        found = []
+        for r, scale_time in zip(learned.r, learned.scale_time, strict=True):
+            # In single precision t_next^r would lose 3 % at r = 0.001.
+            r = self._fitting(r)
+            middle = t_next**r * t_cur ** (1 - r)
+            self._step(middle)
+            told = self._fitting(scale_time) * middle
+            denoised, _ = self._evaluate(told, beside=bool(found))
+            found.append((self.x, middle, self._output(middle, denoised)))
+        if len(found) == 1:
+            return self._remember(*found[0])
+        weights = [self._fitting(w) for w in learned.weights]
+        x, log_t, output = (
+            sum(w * value for w, value in zip(weights, values, strict=True))
+            for values in zip(*((x, t.log(), e) for x, t, e in found), strict=True)
+        )
+        return self._remember(x, log_t.exp(), output)
 
     def advance(self, known=None):
         """Cross one interval.
@@ -165,18 +202,19 @@ class Sampler:
         if self.interval == 0 and self.afs:
             known = self.x - t_cur * self.x / torch.sqrt(1 + t_cur**2), None
         elif known is None:
-            known = self._evaluate(t_cur, bottleneck=True)
+            known = self._evaluate(self.network_times[self.interval], bottleneck=True)
         predicted = self.x
-        self._remember(t_cur, known[0])
+        self._remember(self.x, t_cur, self._output(t_cur, known[0]))
         self.start = self.x
         if self.intermediate is not None:
             learned = self.intermediate(self.interval, t_cur, t_next, known[1])
-            # In single precision t_next^r would lose 3 % at r = 0.001.
-            r, scale_dir, scale_time = map(self._fitting, learned)
-            middle = t_next**r * t_cur ** (1 - r)
-            self._step(middle)
-            self._remember(middle, self._evaluate(scale_time * middle)[0])
-            self._step(t_next, scale_dir)
+            if isinstance(learned, Intermediate):
+                r, scale_dir, scale_time = learned
+                learned = Directions((r,), (scale_time,), (1.0,), scale_dir)
+            if learned.r:
+                self._look(t_cur, t_next, learned)
+            coefficients = [self._fitting(c) for c in learned.coefficients]
+            self._step(t_next, self._fitting(learned.scale_dir), coefficients)
         else:
             self._step(t_next)
         self.interval += 1
@@ -192,7 +230,8 @@ class Sampler:
     def finish(self):
         """Correct the final state where the solver asks for it (UniPC on very short schedules)."""
         if self.solver.corrects_after(self._steps, self.points):
-            self._remember(self.times[-1], self._evaluate(self.times[-1])[0])
+            end = self.times[-1]
+            self._remember(self.x, end, self._output(end, self._evaluate(end)[0]))
 
     def run(self, every: int = 1) -> tuple[list, list]:
         """Cross all intervals.
@@ -351,7 +390,9 @@ def sample(
         _say_where(latents, times, finite)
     if trajectory:
         states.append(sampler.x)
-    return Sample(sampler.x, torch.stack(states) if trajectory else None, sampler.nfe)
+    return Sample(
+        sampler.x, torch.stack(states) if trajectory else None, sampler.nfe, sampler.parallel_nfe
+    )
 
 
 def _say_where(latents, times, finite) -> None:

@@ -95,6 +95,10 @@ class Solver(ABC):
             scale: c_n of the final version of the paper, multiplies what the model contributes.
         """
 
+    def first_order(self, history: History, t_next: torch.Tensor, output) -> torch.Tensor:
+        """What a step to ``t_next`` of order one would add if the evaluation had this output."""
+        return (t_next - history[-1].t) * output
+
 
 # --- single-step solvers: Table 1 ---------------------------------------------------------------
 
@@ -149,6 +153,9 @@ class TwoStage(Solver):
         weight = TABLE_1[self.name][1](r)
         slope = weight * second.output + (1 - weight) * start.output
         return start.x + scale * (t_next - start.t) * slope
+
+    def first_order(self, history, t_next, output):
+        return (t_next - history[0].t) * output
 
 
 # --- linear multistep solvers: the slope is extrapolated ----------------------------------------
@@ -313,6 +320,10 @@ class ExponentialMultistep(Solver):
     @abstractmethod
     def _higher_terms(self, history, h, hh):
         """What the evaluations before the newest add to (expm1(hh) m_0)."""
+
+    def first_order(self, history, t_next, output):
+        _, gain, _, hh = self._linear_part(history[-1], t_next)
+        return -gain * torch.expm1(hh) * output
 
     def step(self, history, t_next, order, scale=1.0):
         history = list(history)[-order:]

@@ -12,7 +12,8 @@ from amedlib import checks
 from amedlib.checks import require
 from amedlib.compute import in_precision
 from amedlib.files import load_tensors, reading, save_tensors
-from amedlib.intermediate import LearnedTable, Predictor
+from amedlib.freedoms import LearnedTable
+from amedlib.intermediate import Predictor
 from amedlib.recipes import Training
 from amedlib.sampling import Sample, sample
 from amedlib.wrapper import Wrapper
@@ -24,15 +25,20 @@ def make_predictor(
     config: Training, bottleneck_size: tuple[int, int] | None
 ) -> Predictor | LearnedTable:
     """An untrained ``Predictor`` or, in the form ``"table"``, ``LearnedTable``."""
+    memory = config.make_solver().memory
     if config.form == "table":
-        return LearnedTable(config.num_steps - 1)
-    return Predictor(
+        return LearnedTable(config.times(), config.freedoms, config.points, memory)
+    network = Predictor(
         config.form,
         bottleneck_size,
         config.scale_dir,
         config.scale_time,
         config.uses_bottleneck,
     )
+    if config.freedoms == ("r",):
+        return network
+    rest = [name for name in config.freedoms if name != "r"]
+    return LearnedTable(config.times(), rest, memory=memory, network=network)
 
 
 def weights_fingerprint(denoiser) -> str | None:

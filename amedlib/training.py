@@ -18,7 +18,8 @@ from amedlib.checks import require
 from amedlib.compute import best_device, halved, in_precision
 from amedlib.files import Damaged, check_writable, load_tensors, reading, save_tensors
 from amedlib.forward_mode import ForwardMode
-from amedlib.intermediate import LearnedTable, Predictor
+from amedlib.freedoms import LearnedTable
+from amedlib.intermediate import Predictor
 from amedlib.recipes import FIRST_TRAINING_SEED, Training
 from amedlib.sampling import Sampler, make_latents
 from amedlib.trained import (
@@ -70,6 +71,13 @@ class _Frozen(Wrapper):
                 each.requires_grad_(True)
 
 
+def _location(r) -> torch.Tensor:
+    """What the log shows of r: its value, the mean of several points, NaN where there is none."""
+    if isinstance(r, tuple):
+        r = torch.stack(r).mean(0) if r else torch.tensor(math.nan)
+    return fwad.unpack_dual(r).primal.detach()
+
+
 class Trainer:
     """Trains one predictor, batch by batch; what it holds can be saved and taken up again.
 
@@ -113,26 +121,41 @@ class Trainer:
             size = getattr(denoiser, "bottleneck_size", (1, 1))
             self.predictor = make_predictor(config, size).to(device)
         self.optimizer = torch.optim.Adam(self.predictor.parameters(), config.learning_rate)
-        self.batches = -(-config.images // config.batch)
+        self.batches_per_pass = -(-config.images // config.batch)
+        self.batches = config.passes * self.batches_per_pass
+        # Where the teacher ends, by seeds; kept if a later pass needs it.
+        self._ends: dict[range, torch.Tensor] = {}
         # Per batch and step: loss, r, its standard deviation; and the seconds spent on them all.
         self.log: list[list[tuple[float, float, float]]] = []
         self.seconds = 0.0
 
     def seeds(self, batch: int) -> range:
-        """The seeds of the batch-th batch of training latents."""
-        first = FIRST_TRAINING_SEED * (1 + self.config.seed) + batch * self.config.batch
+        """The seeds of the batch-th batch of training latents; every pass has the same."""
+        number = batch % self.batches_per_pass
+        first = FIRST_TRAINING_SEED * (1 + self.config.seed) + number * self.config.batch
         return range(first, first + self.config.batch)
 
-    def losses(self, latents: torch.Tensor, labels=None):
+    def end(self, latents: torch.Tensor, labels=None) -> torch.Tensor:
+        """Where the teacher ends, [B, ...]: all of it that the objective ``"endpoint"`` needs."""
+        with torch.no_grad():
+            x = latents.to(torch.float64) * self.times[0]
+            return _teach(self.denoiser, x, self.config, labels)[0][-1]
+
+    def losses(self, latents: torch.Tensor, labels=None, end: torch.Tensor | None = None):
         """Yield the loss of the batch (with its graph) and the r, [B, 1, 1, 1] or [], it judges.
 
         Step by step, with a list of one r; for the objective ``"endpoint"`` once, with all r. The
         caller may update the predictor in between; the next step sees the update.
+
+        Args:
+            end: of ``end``, if it is known already and the objective is ``"endpoint"``.
         """
         config = self.config
         x = latents.to(torch.float64) * self.times[0]
-        with torch.no_grad():
-            targets, evaluations = _teach(self.denoiser, x, config, labels)
+        targets, evaluations = [None] * (len(self.times) - 1) + [end], [None] * len(self.times)
+        if end is None:
+            with torch.no_grad():
+                targets, evaluations = _teach(self.denoiser, x, config, labels)
         forward = config.gradient == "forward"
         student_denoiser = ForwardMode(self.denoiser, self.predictor) if forward else self.denoiser
         seen = []
@@ -140,15 +163,19 @@ class Trainer:
         def intermediate(*args):
             predict = student_denoiser.intermediate if forward else self.predictor
             out = predict(*args)
-            seen.append(fwad.unpack_dual(out.r).primal.detach() if forward else out.r.detach())
+            seen.append(_location(out.r))
             return out
 
+        if isinstance(self.predictor, LearnedTable):
+            intermediate.schedule = self.predictor.schedule
+            intermediate.evaluates = self.predictor.evaluates
         student = Sampler(
             student_denoiser, x, self.times, self.solver, config.afs, intermediate, labels
         )
         for n, target in enumerate(targets[1:]):
             # Student and teacher are at the same point here: one evaluation serves both.
-            known = evaluations[n] if n == 0 or config.start == "teacher" else None
+            same = "network_times" not in config.freedoms
+            known = evaluations[n] if same and (n == 0 or config.start == "teacher") else None
             if config.start == "teacher":
                 student.x = targets[n]
             if forward:
@@ -187,13 +214,16 @@ class Trainer:
         self.log.append(rows)
         self.seconds += time.perf_counter() - start
 
+    def _losses_of(self, seeds: range):
+        latents, labels = make_latents(seeds, self.shape, self.device), self.labels(seeds)
+        if self.config.passes > 1 and seeds not in self._ends:
+            self._ends[seeds] = self.end(latents, labels)
+        return self.losses(latents, labels, self._ends.get(seeds))
+
     def _step(self) -> list[tuple[float, float, float]]:
         seeds = self.seeds(len(self.log))
         parts = [seeds[i : i + self.part] for i in range(0, len(seeds), self.part)]
-        losses = [
-            self.losses(make_latents(part, self.shape, self.device), self.labels(part))
-            for part in parts
-        ]
+        losses = [self._losses_of(part) for part in parts]
         rows = []
         while len(rows) < len(self.times) - 1:
             self.optimizer.zero_grad()

@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 from amedlib.compute import in_precision
 from amedlib.denoisers import adm, edm
-from amedlib.intermediate import LearnedTable, Predictor, TimeWise
+from amedlib.freedoms import LearnedTable
+from amedlib.intermediate import Predictor, TimeWise
 from amedlib.metrics import Moments
 from amedlib.sampling import Sampler, make_latents
 from amedlib.schedules import make_schedule
@@ -97,7 +98,9 @@ def test_learned_steps_read_nothing_back_from_the_device(net, name, options):
     drive(net, make_solver(name, **options), predictor, afs=True)
 
 
-@pytest.mark.parametrize("intermediate", [TimeWise(0.4), on_meta(lambda: LearnedTable(4))])
+@pytest.mark.parametrize(
+    "intermediate", [TimeWise(0.4), on_meta(lambda: LearnedTable(torch.linspace(80.0, 1.0, 5)))]
+)
 def test_other_intermediates_read_nothing_back_from_the_device(net, intermediate):
     drive(net, make_solver("deis"), intermediate)
 

@@ -9,7 +9,8 @@ from toys import TinyNet
 
 from amedlib.denoisers import edm
 from amedlib.forward_mode import forward_derivative
-from amedlib.intermediate import LearnedTable, Predictor, TimeWise
+from amedlib.freedoms import LearnedTable
+from amedlib.intermediate import Predictor, TimeWise
 from amedlib.sampling import Sampler, make_classes, make_latents, sample
 from amedlib.solvers import make_solver
 from amedlib.training import (
@@ -203,7 +204,7 @@ def test_a_table_is_the_time_wise_intermediate_of_its_numbers(tmp_path):
 
 def test_a_table_starts_where_dpm_solver_2_is():
     net, latents, times = TinyNet(), make_latents(range(3), SHAPE), Training().times()
-    found = sample(net, latents, times, make_solver("amed"), intermediate=LearnedTable(3)).x
+    found = sample(net, latents, times, make_solver("amed"), intermediate=LearnedTable(times)).x
     expected = sample(net, latents, times, make_solver("dpm2", r=0.5)).x
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 

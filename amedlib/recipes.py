@@ -26,6 +26,14 @@ LOSSES = ("l2", "features", "lpips")
 OBJECTIVES = ("step", "endpoint")
 
 
+OPTIMIZERS = ("adam", "lbfgs")
+
+
+def makes_second_evaluation(form: str | None = None, freedoms=("r",), **rest) -> bool:
+    """Whether steps that are trained so have an intermediate point; fields of ``Training``."""
+    return form != "table" or "r" in freedoms
+
+
 # Training latents come from seeds that no evaluation uses.
 FIRST_TRAINING_SEED = 10**12
 
@@ -55,6 +63,10 @@ class Training(Method):
             not zero, and a table the rest.
         points: K, the number of intermediate points that a table has in a step.
         passes: how often the trajectories are seen; their ends are computed once.
+        optimizer: ``"adam"``, or ``"lbfgs"``, which takes all trajectories at once and is
+            begun anew in every pass, of 20 iterations. It needs no learning rate, and finds
+            the scale of every freedom by itself: the end moves by orders of magnitude more with
+            an early coefficient than with a late time.
         start: where the student starts a step, ``"student"`` or ``"teacher"``.
         images: trajectories seen in training; a whole number of batches is used.
         batch: trajectories per update; every batch makes one update per step, or only one with the
@@ -88,6 +100,7 @@ class Training(Method):
     freedoms: tuple[str, ...] = ("r",)
     points: int = 1
     passes: int = 1
+    optimizer: str = "adam"
 
     def __post_init__(self):
         super().__post_init__()
@@ -126,6 +139,7 @@ class Training(Method):
             "loss": LOSSES,
             "form": (*FORMS, "table"),
             "objective": OBJECTIVES,
+            "optimizer": OPTIMIZERS,
             "start": ("student", "teacher"),
             "gradient": ("reverse", "forward"),
             "teacher": TEACHERS,
@@ -161,7 +175,7 @@ class Training(Method):
         """That what is learned goes together with how, and with the solver."""
         free, table = self.freedoms, self.form == "table"
         for name, value, needed in (
-            ("objective", "endpoint", "times" in free or self.passes > 1),
+            ("objective", "endpoint", "times" in free or self.passes > 1 or self.whole),
             ("gradient", "reverse", free != ("r",)),
             ("points", 1, not table or "r" not in free),
         ):
@@ -203,6 +217,11 @@ class Training(Method):
         )
         floats = ("scale_dir", "scale_time", "learning_rate")
         self._set(**{name: float(getattr(self, name)) for name in floats})
+
+    @property
+    def whole(self) -> bool:
+        """Whether an update is made of all trajectories at once."""
+        return self.optimizer == "lbfgs"
 
     def times(self, refinement: int = 1) -> torch.Tensor:
         """The student's time points; with ``refinement = m + 1`` the teacher's."""

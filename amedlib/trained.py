@@ -145,7 +145,20 @@ class TrainedSampler:
     @property
     def times(self) -> torch.Tensor:
         """The time points [N], float64, descending; intermediate ones lie between them."""
-        return self.training.times()
+        return self._schedule[0]
+
+    @property
+    def network_times(self) -> torch.Tensor:
+        """The times that the network is told at the beginnings of the N-1 steps."""
+        return self._schedule[1][: len(self.times) - 1]
+
+    @property
+    def _schedule(self) -> tuple[torch.Tensor, torch.Tensor]:
+        times = self.training.times()
+        if not isinstance(self.predictor, LearnedTable):
+            return times, times
+        with torch.no_grad():
+            return self.predictor.schedule(times)
 
     @cached_property
     def nfe(self) -> int:
@@ -175,7 +188,7 @@ class TrainedSampler:
         return sample(
             in_precision(denoiser, training.precision),
             latents,
-            self.times,
+            training.times(),
             training.make_solver(),
             training.afs,
             self.predictor.to(latents.device),
@@ -188,10 +201,12 @@ class TrainedSampler:
         """All noise levels at which the solver steps, descending, intermediate ones included.
 
         For samplers that take a list of sigmas. Whether they then sample the same is theirs: they
-        know neither AFS nor scaled directions and times, and append a zero themselves.
+        know neither AFS nor scaled directions and times, nor learned coefficients, and append a
+        zero themselves.
 
         Raises:
-            ValueError: r depends on the sample, so that there is no one list.
+            ValueError: r depends on the sample, or a step has several intermediate points, so that
+                there is no one list.
         """
         require(
             not self.predictor.uses_bottleneck,
@@ -202,8 +217,11 @@ class TrainedSampler:
         )
         times, sigmas = self.times, []
         for n, (t_cur, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
-            r = float(self.predictor.cpu()(n, t_cur, t_next, None).r)
-            sigmas += [float(t_cur), float(t_next**r * t_cur ** (1 - r))]
+            r = self.predictor.cpu()(n, t_cur, t_next, None).r
+            found = r if isinstance(r, tuple) else (r,)
+            allowed = "at most one, to have one list of sigmas"
+            require(len(found) < 2, "intermediate points of a step", len(found), allowed)
+            sigmas += [float(t_cur), *(float(t_next**r * t_cur ** (1 - r)) for r in found)]
         return [*sigmas, float(times[-1])]
 
 

@@ -120,8 +120,8 @@ class Trainer:
             torch.manual_seed(config.seed)
             size = getattr(denoiser, "bottleneck_size", (1, 1))
             self.predictor = make_predictor(config, size).to(device)
-        self.optimizer = torch.optim.Adam(self.predictor.parameters(), config.learning_rate)
-        self.batches_per_pass = -(-config.images // config.batch)
+        self.optimizer = self._make_optimizer()
+        self.batches_per_pass = 1 if config.whole else -(-config.images // config.batch)
         self.batches = config.passes * self.batches_per_pass
         # Where the teacher ends, by seeds; kept if a later pass needs it.
         self._ends: dict[range, torch.Tensor] = {}
@@ -129,11 +129,19 @@ class Trainer:
         self.log: list[list[tuple[float, float, float]]] = []
         self.seconds = 0.0
 
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        parameters = self.predictor.parameters()
+        if self.config.whole:
+            how = {"max_iter": 20, "history_size": 20, "line_search_fn": "strong_wolfe"}
+            return torch.optim.LBFGS(parameters, **how)
+        return torch.optim.Adam(parameters, self.config.learning_rate)
+
     def seeds(self, batch: int) -> range:
         """The seeds of the batch-th batch of training latents; every pass has the same."""
-        number = batch % self.batches_per_pass
-        first = FIRST_TRAINING_SEED * (1 + self.config.seed) + number * self.config.batch
-        return range(first, first + self.config.batch)
+        config, number = self.config, batch % self.batches_per_pass
+        size = config.images if config.whole else config.batch
+        first = FIRST_TRAINING_SEED * (1 + config.seed) + number * size
+        return range(first, first + size)
 
     def end(self, latents: torch.Tensor, labels=None) -> torch.Tensor:
         """Where the teacher ends, [B, ...]: all of it that the objective ``"endpoint"`` needs."""
@@ -216,34 +224,47 @@ class Trainer:
 
     def _losses_of(self, seeds: range):
         latents, labels = make_latents(seeds, self.shape, self.device), self.labels(seeds)
-        if self.config.passes > 1 and seeds not in self._ends:
+        reused = self.config.passes > 1 or self.config.whole
+        if reused and seeds not in self._ends:
             self._ends[seeds] = self.end(latents, labels)
         return self.losses(latents, labels, self._ends.get(seeds))
 
     def _step(self) -> list[tuple[float, float, float]]:
         seeds = self.seeds(len(self.log))
         parts = [seeds[i : i + self.part] for i in range(0, len(seeds), self.part)]
-        losses = [self._losses_of(part) for part in parts]
-        rows = []
+        if self.config.whole:
+            found = []
+
+            def closure():
+                found.append(self._gradient(parts, [self._losses_of(part) for part in parts]))
+                return torch.tensor(found[-1][0][0])
+
+            self.optimizer.step(closure)
+            self.optimizer.state.clear()  # the next pass begins anew, interrupted or not
+            return min(found)
+        losses, rows = [self._losses_of(part) for part in parts], []
         while len(rows) < len(self.times) - 1:
-            self.optimizer.zero_grad()
-            total, locations = 0.0, []
-            for part, each in zip(parts, losses, strict=True):
-                loss, r = next(each)
-                loss = loss * (len(part) / len(seeds))
-                loss.backward()
-                total += loss.item()
-                locations.append(torch.stack([value.expand(len(part), 1, 1, 1) for value in r]))
-            require(
-                math.isfinite(total),
-                f"the loss of batch {len(self.log)}, step {len(rows)},",
-                total,
-                "finite",
-            )
+            rows += self._gradient(parts, losses, len(rows))
             self.optimizer.step()
-            for r in torch.cat(locations, dim=1):
-                rows.append((total, r.mean().item(), r.std().item() if len(r) > 1 else 0.0))
         return rows
+
+    def _gradient(self, parts: list[range], losses: list, step: int = 0) -> list[tuple]:
+        """Add up the gradients of the next loss of all parts; what the log says of it."""
+        self.optimizer.zero_grad()
+        number = sum(map(len, parts))
+        total, locations = 0.0, []
+        for part, each in zip(parts, losses, strict=True):
+            loss, r = next(each)
+            loss = loss * (len(part) / number)
+            loss.backward()
+            total += loss.item()
+            locations.append(torch.stack([value.expand(len(part), 1, 1, 1) for value in r]))
+        where = f"the loss of batch {len(self.log)}, step {step},"
+        require(math.isfinite(total), where, total, "finite")
+        return [
+            (total, r.mean().item(), r.std().item() if number > 1 else 0.0)
+            for r in torch.cat(locations, dim=1)
+        ]
 
     def save(self, path: Path) -> None:
         """Write everything that is needed to go on from here."""
@@ -348,7 +369,7 @@ def train(
             bar.update()
             if callable(progress):
                 progress()
-            if len(trainer.log) % 20 == 0:
+            if len(trainer.log) % 20 == 0 or config.whole:
                 trainer.save(partial)
     save_predictor(path, trainer)
     partial.unlink(missing_ok=True)

@@ -80,7 +80,8 @@ def _finish_predictor(run: Run, context: Context) -> None:
 
 def _of_batch(run: Run) -> float:
     """Evaluations of one batch of training."""
-    return PARTS["trainings"][0](run) / -(-run.training.images // run.training.batch)
+    training = run.training
+    return PARTS["trainings"][0](run) / (training.passes * -(-training.images // training.batch))
 
 
 def _finish_solution_block(run: Run, context: Context, index: int) -> torch.Tensor | None:

@@ -38,7 +38,8 @@ class _Counter:
 def training_evaluations(training: Training) -> int:
     """Network evaluations of a whole training, of teacher and student, counted on one trajectory.
 
-    One of them in each step, the student's second, is differentiated.
+    Those of the student are differentiated: all of them for the objective ``"endpoint"``, else the
+    second one of each step.
     """
     # The seed changes nothing here, and most trainings differ in it alone.
     each = _per_trajectory(json.dumps(asdict(replace(training, seed=0))))
@@ -48,9 +49,15 @@ def training_evaluations(training: Training) -> int:
 @cache
 def _per_trajectory(training: str) -> int:
     counter = _Counter()
-    trainer = Trainer(counter, Training(**json.loads(training)), (1, 1, 1))
-    for _ in trainer.losses(torch.ones(1, 1, 1, 1)):
-        pass
+    trainer, one = (
+        Trainer(counter, Training(**json.loads(training)), (1, 1, 1)),
+        torch.ones(1, 1, 1, 1),
+    )
+    passes = trainer.config.passes
+    end = trainer.end(one) if passes > 1 else None
+    for _ in range(passes):
+        for _ in trainer.losses(one, end=end):
+            pass
     return counter.images
 
 

@@ -11,7 +11,7 @@ from amedlib.datasets.entries import DATASETS, describe
 from amedlib.intermediate import TimeWise
 from amedlib.method import Method
 from amedlib.metrics import jackknife_error
-from amedlib.recipes import FIRST_TRAINING_SEED, Training
+from amedlib.recipes import FIRST_TRAINING_SEED, Training, makes_second_evaluation
 from amedlib.sampling import num_steps_for
 from amedlib.solvers import TwoStage
 
@@ -34,7 +34,8 @@ class Run(Method):
         dataset: a name that ``load_dataset`` knows.
         solver, options, schedule, rho, sigma_min, sigma_max, noise_levels, afs, precision: see
             ``Method``.
-        nfe: network evaluations per sample; the number of time points follows from it.
+        nfe: network evaluations per sample, those that are made side by side counted once; the
+            number of time points follows from it.
         r: intermediate of fixed location: a number, or one per step, or ``"searched"``: those that
             a grid search finds (the metric ``"grid_search"``) on as many samples as a predictor
             is trained with here, none of them among those that are measured.
@@ -134,7 +135,8 @@ class Run(Method):
     def num_steps(self) -> int:
         """Number of time points, from the NFE."""
         solver = self.make_solver()
-        middle = self.r is not None or self.predictor is not None
+        learned = self.predictor
+        middle = self.r is not None or learned is not None and makes_second_evaluation(**learned)
         if isinstance(solver, TwoStage) and solver.r is None:
             require(
                 middle, "r and predictor", None, f"given, one of them, for solver {self.solver!r}"

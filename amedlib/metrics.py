@@ -40,6 +40,10 @@ class Moments:
     def __sub__(self, other: "Moments") -> "Moments":
         return Moments(self.count - other.count, self.total - other.total, self.outer - other.outer)
 
+    def __mul__(self, factors: np.ndarray) -> "Moments":
+        """Moments of the vectors times ``factors`` [d], each component by its own."""
+        return Moments(self.count, self.total * factors, self.outer * np.outer(factors, factors))
+
     @property
     def mean(self) -> np.ndarray:
         """[d]."""

@@ -106,7 +106,9 @@ def _finish(run: Run, context: Context) -> None:
         number = BLOCKS if PROCEDURES[run.metric].measure else 0
         blocks = [_finish_block(run, context, i) for i in range(number)]
         for result in [] if path.is_file() else _results(run, context, blocks):
-            save_result(result, context.results_dir)
+            # A metric that was added later does not replace what is stored of the others.
+            if load_result(result.run, context.results_dir) is None:
+                save_result(result, context.results_dir)
     shutil.rmtree(unfinished(path), ignore_errors=True)
 
 
@@ -251,7 +253,7 @@ def _complete(runs: list[Run], results_dir, device, progress, cluster):
     for name in {what.dataset for what in missing.values()}:
         data = load_dataset(name, best_device(device) if cluster is None else "cpu")
         fingerprints[name] = fingerprint_of(data)
-        if any(what.metric == "fd" for what in missing.values()):
+        if any(what.metric in ("fd", "fd_joint") for what in missing.values()):
             _ = data.reference
     # Runs that differ in the metric only are computed together, as the first of them.
     groups: dict[str, list[Run]] = {}

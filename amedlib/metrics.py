@@ -82,6 +82,10 @@ class Moments:
             self.scatter + other.scatter + between,
         )
 
+    def __mul__(self, factors: np.ndarray) -> "Moments":
+        """Moments of the vectors times ``factors`` [d], each component by its own."""
+        return Moments(self.count, factors * self.mean, np.outer(factors, factors) * self.scatter)
+
     @property
     def total(self) -> np.ndarray:
         """The sum of x, [d]."""

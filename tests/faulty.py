@@ -36,6 +36,11 @@ def toy_dataset(denoiser, batch=7):
     """A Gaussian of 2x2 pixels, or of 8x8 for a ``TinyNet``."""
     shape = (1, 8, 8) if isinstance(denoiser, TinyNet) else (1, 2, 2)
     real = torch.randn(300, *shape, generator=torch.manual_seed(0)) / 2
+    features_of = {
+        "fd": lambda x: x.flatten(1)[:, :3],
+        "fd_pixels": lambda x: x.flatten(1),
+        "fd_joint": lambda x: 2 * x.flatten(1),
+    }
     return loaders.Dataset(
         name="toy",
         title="a Gaussian",
@@ -44,11 +49,8 @@ def toy_dataset(denoiser, batch=7):
         load=None,
         denoiser=denoiser,
         to_images=lambda x: x.float(),
-        judge=lambda: (
-            lambda x: x.flatten(1)[:, :3],
-            {"fd": Moments.of(real.flatten(1)[:, :3]), "fd_pixels": Moments.of(real.flatten(1))},
-        ),
-        metrics=("fd", "fd_pixels", "endpoint_error"),
+        judge=lambda: (features_of, {name: Moments.of(f(real)) for name, f in features_of.items()}),
+        metrics=(*features_of, "endpoint_error"),
         feature_distance_name="FD",
         real_images=lambda: real,
         distances=lambda loss: squared_l2,

@@ -455,7 +455,10 @@ def test_a_checkpoint_of_another_network_is_refused(trained):
 
 def test_arguments_of_the_script(tmp_path):
     for arguments, message in (
-        (["teacher"], "part must be one of 'classifier', 'denoiser', 'publish'; 'teacher'"),
+        (
+            ["teacher"],
+            "one of 'classifier', 'denoiser', 'publish', 'joint'; 'teacher'",
+        ),
         (["--seconds", "5"], "seconds must be more than 10"),
         (["--images", str(tmp_path / "none")], "images must be an existing folder"),
     ):
@@ -472,7 +475,7 @@ def published(archive, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     how = ["--tiny", "--images", str(archive), "--into", str(folder), "--device", "cpu"]
     script.main(["classifier", "denoiser", *how])
-    script.main(["publish", *how])
+    script.main(["publish", "joint", *how])
     return folder
 
 
@@ -511,23 +514,24 @@ def test_published_weights_are_the_average_of_the_checkpoint(published, small):
 
 def test_the_reference_is_the_training_images(small, archive):
     data = load_cifar10_images(archive, COUNT)
-    reference = small.reference["fd"]
-    features = small.features(data["train"].pixels)
-    assert reference.count == len(features) == COUNT["train"]
-    np.testing.assert_allclose(reference.mean, features.double().mean(0), rtol=1e-4, atol=1e-5)
-    held_out = small.held_out["fd"]
-    whole = sum(held_out[1:], start=held_out[0])
-    of_test = Moments.of(small.features(data["test"].pixels))
-    assert moments_distance(whole, of_test) == pytest.approx(0, abs=1e-5)
+    for metric, of in small.features_of.items():
+        reference, features = small.reference[metric], of(data["train"].pixels)
+        assert reference.count == len(features) == COUNT["train"]
+        np.testing.assert_allclose(reference.mean, features.double().mean(0), rtol=1e-4, atol=1e-5)
+        held_out = small.held_out[metric]
+        whole = sum(held_out[1:], start=held_out[0])
+        of_test = Moments.of(of(data["test"].pixels))
+        assert moments_distance(whole, of_test) == pytest.approx(0, abs=1e-5)
 
 
 def test_the_floor_is_of_the_test_images_to_the_training_images(small, archive, tmp_path):
     data = load_cifar10_images(archive, COUNT)
-    parts = [Moments.of(small.features(data[part].pixels)) for part in ("test", "train")]
-    (what,) = plans.floor_runs("cifar10_small").values()
-    result = execute.run(what, tmp_path, "cpu", progress=False)
-    assert result.value == pytest.approx(moments_distance(*parts), rel=1e-4, abs=1e-6)
-    assert result.curves == {"images": [COUNT["test"]]} and len(result.replicates) == 10
+    for metric, what in plans.floor_runs("cifar10_small").items():
+        features = small.features_of[metric]
+        parts = [Moments.of(features(data[part].pixels)) for part in ("test", "train")]
+        result = execute.run(what, tmp_path, "cpu", progress=False)
+        assert result.value == pytest.approx(moments_distance(*parts), rel=1e-4, abs=1e-6)
+        assert result.curves == {"images": [COUNT["test"]]} and len(result.replicates) == 10
 
 
 def test_a_number_is_measured_on_it(small, tmp_path, monkeypatch):

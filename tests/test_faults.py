@@ -81,7 +81,7 @@ def undisturbed(tmp_path_factory):
         assert finish(folder / "first") == 0  # starts the server that forks
         assert finish(folder / "second") == 0
     expected = numbers(folder / "first")
-    assert len(expected) == 11 and numbers(folder / "second") == expected
+    assert len(expected) == 14 and numbers(folder / "second") == expected
     return folder / "first", expected
 
 

@@ -333,8 +333,11 @@ def test_a_part_of_a_result_that_is_gone_comes_again(toy, tmp_path):
     runs = [RUN.with_metric(metric) for metric in ("fd", "fd_pixels", "endpoint_error")]
     first = execute.run_all(runs, tmp_path, progress=False)
     result_path(runs[1], tmp_path).unlink()
+    others = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in tmp_path.rglob("*.json")}
     again = execute.run_all(runs, tmp_path, progress=False)
     assert again["value"].tolist() == first["value"].tolist()
+    # The others stay as they are, so that a metric can be added to stored results.
+    assert others == {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in others}
 
 
 def test_blocks_of_other_code_are_not_used(toy, tmp_path, monkeypatch):

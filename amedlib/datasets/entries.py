@@ -31,7 +31,8 @@ class Entry:
         training: fields of ``Training`` that this data set sets.
         samples, nfes: of the paper's tables here.
         most_nfe: up to which NFE Tables 3 to 13 and Figure 8 are run, unless asked otherwise.
-        metrics: what is measured of samples; ``"fd"``, ``"fd_pixels"``, ``"endpoint_error"``.
+        metrics: what is measured of samples: ``"fd"``, ``"fd_pixels"``, ``"fd_joint"``,
+            ``"endpoint_error"``.
         endpoint_samples: the most for which the ODE's solution is computed and kept.
         batch: samples per network call at most; halved where the memory does not suffice.
         precision: in which the network computes, see ``Run``.
@@ -84,7 +85,7 @@ _DIGITS = Entry(
     training={"images": 10_000},
     samples=5_000,
     batch=500,
-    metrics=("fd", "fd_pixels", "endpoint_error"),
+    metrics=("fd", "fd_pixels", "fd_joint", "endpoint_error"),
     feature_distance_name="FD (digits features)",
     reference_name="1,198 real images",
     floor=True,
@@ -100,6 +101,7 @@ _CIFAR10_SMALL = Entry(
     training={"images": 10_000, "batch": 128},
     # As many as there are test images, so that distances compare with the floor.
     samples=10_000,
+    metrics=("fd", "fd_joint", "endpoint_error"),
     endpoint_samples=1_000,
     batch=1_000,
     feature_distance_name="FD (CIFAR-10 features)",
@@ -156,7 +158,7 @@ DATASETS = {
             _DIGITS,
             name="digits_uncentred",
             title="digits, 8x8, not centred",
-            metrics=("fd", "fd_pixels"),
+            metrics=("fd", "fd_pixels", "fd_joint"),
         ),
         replace(
             _DIGITS,
@@ -164,7 +166,7 @@ DATASETS = {
             title="digits, 8x8, conditional",
             paper="imagenet64",
             most_nfe=6,
-            metrics=("fd", "fd_pixels"),
+            metrics=("fd", "fd_pixels", "fd_joint"),
             load="digits_conditional",
         ),
         *(
@@ -173,7 +175,7 @@ DATASETS = {
                 name=f"digits_guidance_{scale}",
                 title=f"digits, 8x8, classifier guidance {scale}",
                 paper="imagenet256",
-                metrics=("fd", "fd_pixels"),
+                metrics=("fd", "fd_pixels", "fd_joint"),
                 load="digits_guided",
                 afs=False,
                 plugin="DPM-Solver++(3M)",

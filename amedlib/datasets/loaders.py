@@ -11,6 +11,7 @@ import torch
 
 from amedlib.checks import one_of
 from amedlib.compute import best_device
+from amedlib.datasets import joint
 from amedlib.datasets.entries import Entry, describe
 from amedlib.datasets.files import (
     ASSETS,
@@ -47,7 +48,7 @@ class Dataset(Entry):
     Attributes:
         denoiser: D(x; t) on states x.
         to_images: final states [B, C, H, W] to images as ``features`` takes them.
-        judge: returns ``features`` and ``reference``; called when they are first needed.
+        judge: returns ``features_of`` and ``reference``; called when they are first needed.
         distances: the name of a training loss to a distance of states, twice [B, C, H, W] to [B].
         fingerprint: hash of the weights.
         labels: seeds to what the denoiser gets as labels, one per seed; ``None``: nothing.
@@ -59,7 +60,7 @@ class Dataset(Entry):
 
     denoiser: Callable
     to_images: Callable
-    judge: Callable[[], tuple[Callable, dict]]
+    judge: Callable[[], tuple[dict, dict]]
     distances: Callable[[str], Callable]
     fingerprint: str
     labels: Callable[[Sequence[int]], torch.Tensor] | None = None
@@ -71,9 +72,14 @@ class Dataset(Entry):
         return self.judge()
 
     @property
-    def features(self) -> Callable:
-        """Images to features [B, d]."""
+    def features_of(self) -> dict[str, Callable]:
+        """Images to features [B, d], by metric: what its distance is one of."""
         return self._judged[0]
+
+    @property
+    def features(self) -> Callable:
+        """Images to the features [B, d] of the metric ``"fd"``."""
+        return self.features_of["fd"]
 
     @property
     def reference(self) -> dict[str, Moments | Statistics]:
@@ -143,10 +149,13 @@ def _digits(entry: Entry, device: str) -> Dataset:
 
     def judge():
         real = real_images()
-        return classifier.features, {
-            "fd": Moments.of(classifier.features(real)),
-            "fd_pixels": Moments.of(real.flatten(1)),
+        both = joint.side_by_side(joint.DIGITS, classifier.features)
+        features_of = {
+            "fd": classifier.features,
+            "fd_pixels": lambda images: images.flatten(1),
+            "fd_joint": joint.balanced(both, joint.balance(joint.DIGITS, Moments.of(both(real)))),
         }
+        return features_of, {name: Moments.of(of(real)) for name, of in features_of.items()}
 
     def distances(loss):
         # Losses compare states; the perceptual ones look at them as images.
@@ -186,7 +195,7 @@ def _digits_guided(entry: Entry, device: str) -> Dataset:
 
 
 def _cifar10_small(entry: Entry, device: str) -> Dataset:
-    parts = ("cifar10_edm", "cifar10_classifier", "cifar10_moments")
+    parts = ("cifar10_edm", "cifar10_classifier", "cifar10_moments", "cifar10_joint")
     command = "make models DATASET=cifar10_small"
     files = [load_weights(f"{part}.safetensors", command=command) for part in parts]
     tensors, metadata, digests = zip(*files, strict=True)
@@ -195,10 +204,18 @@ def _cifar10_small(entry: Entry, device: str) -> Dataset:
     for module, weights in zip((network, classifier), tensors[:2], strict=True):
         module.load_state_dict(weights)
         module.eval().requires_grad_(False).to(device)
-    moments = moments_from_tensors(tensors[2])
+    moments = {"fd": moments_from_tensors(tensors[2])}
+    both = joint.side_by_side(joint.CIFAR10, classifier.features)
+    raw = moments_from_tensors(tensors[3])
+    factors = joint.balance(joint.CIFAR10, raw["train"][0])
+    moments["fd_joint"] = {part: [m * factors for m in each] for part, each in raw.items()}
 
     def judge():
-        return lambda images: classifier.features(scaled(images)), {"fd": moments["train"][0]}
+        features_of = {"fd": classifier.features, "fd_joint": joint.balanced(both, factors)}
+        return (
+            {name: lambda images, of=of: of(scaled(images)) for name, of in features_of.items()},
+            {name: found["train"][0] for name, found in moments.items()},
+        )
 
     def distances(loss):
         one_of("loss", loss, ("l2", "features", "lpips"))
@@ -212,7 +229,7 @@ def _cifar10_small(entry: Entry, device: str) -> Dataset:
         denoiser=network,
         to_images=quantise_edm,
         judge=judge,
-        held_out={"fd": moments["test"]},
+        held_out={name: found["test"] for name, found in moments.items()},
         distances=distances,
         fingerprint=hashlib.sha256("".join(digests).encode()).hexdigest()[:12],
     )
@@ -221,7 +238,7 @@ def _cifar10_small(entry: Entry, device: str) -> Dataset:
 def _cifar10_small_fid(entry: Entry, device: str) -> Dataset:
     def judge():
         features = inception_features(fetch(ASSETS[INCEPTION]), device)
-        return features, {"fd": load(ASSETS[entry.assets[-1]])}
+        return {"fd": features}, {"fd": load(ASSETS[entry.assets[-1]])}
 
     return replace(_cifar10_small(entry, device), judge=judge, held_out=None)
 
@@ -238,7 +255,7 @@ def _of_files(entry: Entry, device: str, network, labels=None) -> Dataset:
 
     def judge():
         features = inception_features(fetch(ASSETS[INCEPTION]), device)
-        return features, {"fd": load(ASSETS[entry.assets[-1]])}
+        return {"fd": features}, {"fd": load(ASSETS[entry.assets[-1]])}
 
     return Dataset(
         **vars(entry),
@@ -295,7 +312,7 @@ def _latent_bedroom(entry: Entry, device: str) -> Dataset:
 
     def judge():
         features = inception_features(fetch(ASSETS[INCEPTION]), device)
-        return features, {"fd": load(ASSETS[entry.assets[-1]])}
+        return {"fd": features}, {"fd": load(ASSETS[entry.assets[-1]])}
 
     weights = hashlib.sha256((folder / "unet/diffusion_pytorch_model.safetensors").read_bytes())
     return _of_latents(entry, device, network, judge, None, weights.hexdigest()[:12])

@@ -31,7 +31,7 @@ from amedlib.files import check_writable, load_tensors, save_tensors, write_atom
 from amedlib.study.cluster import Task, Workers, check_cluster, connect, do
 from amedlib.study.forecast import PARTS, forecast, rate
 from amedlib.study.procedures import PROCEDURES, Context, make_block, qualities, solve_block
-from amedlib.study.run import BLOCKS, OF_SAMPLES, Result, Run
+from amedlib.study.run import BLOCKS, FRECHET, OF_SAMPLES, Result, Run
 from amedlib.study.store import (
     RESULTS,
     Block,
@@ -127,7 +127,9 @@ def _finish(run: Run, context: Context) -> None:
         number = BLOCKS if PROCEDURES[run.metric].measure else 0
         blocks = [_finish_block(run, context, i) for i in range(number)]
         for result in [] if path.is_file() else _results(run, context, blocks):
-            save_result(result, context.results_dir)
+            # A metric that was added later does not replace what is stored of the others.
+            if load_result(result.run, context.results_dir) is None:
+                save_result(result, context.results_dir)
     shutil.rmtree(unfinished(path), ignore_errors=True)
 
 
@@ -351,7 +353,7 @@ def _complete(runs: list[Run], results_dir, device, progress, cluster):
         data = load_dataset(name, device if cluster is None else "cpu")
         fingerprints[name] = fingerprint_of(data)
         asked = {what.metric for what in missing.values() if what.dataset == name}
-        if asked & {"fd", "fd_pixels"}:
+        if asked & {*FRECHET}:
             _ = data.reference
     # Runs that differ in the metric only are computed together, as the first of them.
     groups: dict[str, list[Run]] = {}

@@ -8,7 +8,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 
+from amedlib.study.corruptions import CORRUPTIONS, NOISE
 from amedlib.study.published import ROWS, nfe_name, row_names
+from amedlib.study.tables import DISTANCES
 from amedlib.study.uncertainty import estimates
 
 LOOKS = {
@@ -261,4 +263,39 @@ def gains_figure(panels: dict[str, pd.DataFrame], ylabels) -> Figure:
     axes[0].plot([], [], label="with AFS", **grey)
     axes[0].plot([], [], **learned)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+LOOKS_OF_DISTANCES = {
+    "fd": ("#D55E00", "o"),
+    "fd_pixels": ("#888888", "s"),
+    "fd_joint": ("#0072B2", "^"),
+}
+
+
+def corruptions_figure(panels: dict[str, pd.DataFrame]) -> Figure:
+    """Distances of corrupted real images, relative to pure noise: a row per frame, a column per
+    corruption.
+
+    Args:
+        panels: title to a frame of ``corruptions.measure_corrupted``.
+    """
+    kinds = [*CORRUPTIONS]
+    figure = Figure(figsize=(1.9 * len(kinds), 2.5 * len(panels) + 0.4))
+    axes = figure.subplots(len(panels), len(kinds), squeeze=False, sharey="row")
+    for row, (title, table) in zip(axes, panels.items(), strict=True):
+        noise = table.set_index("kind").loc[NOISE]
+        for ax, kind in zip(row, kinds, strict=True):
+            rows = table[table["kind"] == kind].sort_values("strength")
+            for metric in (name for name in DISTANCES if name in table):
+                colour, marker = LOOKS_OF_DISTANCES[metric]
+                style = {"color": colour, "marker": marker, "markersize": 4}
+                ax.plot(range(5), rows[metric] / noise[metric], label=DISTANCES[metric], **style)
+            ax.axhline(1, color="#888888", linestyle="--", linewidth=1, label="pure noise")
+            ax.set_yscale("log")
+            ax.set_xticks(range(5), [f"{strength:g}" for strength in rows["strength"]])
+            ax.set(title=kind)
+            ax.set_xlabel(CORRUPTIONS[kind].unit, fontsize=8)
+        row[0].set_ylabel(f"{title}\nFD, pure noise = 1")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure

@@ -135,18 +135,15 @@ def qualities(run: Run) -> list[str]:
 
 def _measure_quality(run: Run, context: Context) -> Callable:
     data, metrics = context.data, qualities(run)
+    frechet = [metric for metric in metrics if metric != "endpoint_error"]
     solver, times = run.make_solver(), run.times()
     intermediate = context.intermediate(run)
     solution = accurate_endpoints(run, context) if "endpoint_error" in metrics else None
 
     def measure(seeds):
         out = context.sample(run, seeds, times, solver, run.afs, intermediate)
-        found = {}
-        images = data.to_images(out.x) if {"fd", "fd_pixels"} & {*metrics} else None
-        if "fd" in metrics:
-            found["fd"] = Moments.of(data.features(images))
-        if "fd_pixels" in metrics:
-            found["fd_pixels"] = Moments.of(images.flatten(1))
+        images = data.to_images(out.x) if frechet else None
+        found = {name: Moments.of(data.features_of[name](images)) for name in frechet}
         if solution is not None:
             rows = [seed - run.first_seed for seed in seeds]
             distances = geometry.distance(out.x.cpu(), solution[rows])
@@ -157,7 +154,7 @@ def _measure_quality(run: Run, context: Context) -> Callable:
 
 
 def quality(run: Run, context: Context, blocks: list[Block]) -> dict[str, Measured]:
-    """All that can be said of one set of samples: FD of features and of pixels, endpoint error."""
+    """All that can be said of one set of samples: Frechet distances, and the endpoint error."""
     measured = {}
     for metric in qualities(run):
         statistic = _root_mean_square
@@ -221,10 +218,9 @@ def floor(run: Run, context: Context, blocks=()) -> dict[str, Measured]:
     require(real_images is not None, "dataset", run.dataset, "one that has its real images at hand")
     images = real_images()
     n = len(images) // 2
-    features = {"fd": context.data.features(images), "fd_pixels": images.flatten(1)}
     measured = {}
-    for metric, rows in features.items():
-        values = []
+    for metric, features in context.data.features_of.items():
+        rows, values = features(images), []
         for split in range(20):
             order = torch.randperm(
                 len(images), generator=torch.Generator().manual_seed(run.first_seed + split)
@@ -385,10 +381,12 @@ def first_slope(run: Run, context: Context, blocks: list[Block]) -> dict[str, Me
 PROCEDURES = {
     "fd": Procedure(quality, _measure_quality),
     "fd_pixels": Procedure(quality, _measure_quality),
+    "fd_joint": Procedure(quality, _measure_quality),
     "endpoint_error": Procedure(quality, _measure_quality),
     "endpoint_accuracy": Procedure(endpoint_accuracy, _measure_accuracy),
     "floor_fd": Procedure(floor),
     "floor_fd_pixels": Procedure(floor),
+    "floor_fd_joint": Procedure(floor),
     "trajectory_pca": Procedure(projection_error, _measure_pca),
     "grid_search": Procedure(relative_alignment),
     "local_error": Procedure(local_error, _measure_local_error),

@@ -17,11 +17,12 @@ from amedlib.solvers import TwoStage
 
 BLOCKS = 10  # disjoint blocks of samples, for the jackknife
 # What is measured of the samples of a method, and what else is measured.
-OF_SAMPLES = ("fd", "fd_pixels", "endpoint_error")
+FRECHET = ("fd", "fd_pixels", "fd_joint")
+OF_SAMPLES = (*FRECHET, "endpoint_error")
 METRICS = (
     *OF_SAMPLES,
-    *("endpoint_accuracy", "floor_fd", "floor_fd_pixels", "trajectory_pca", "grid_search"),
-    *("local_error", "learned_r", "first_slope"),
+    *("endpoint_accuracy", "floor_fd", "floor_fd_pixels", "floor_fd_joint", "trajectory_pca"),
+    *("grid_search", "local_error", "learned_r", "first_slope"),
 )
 
 

@@ -5,7 +5,7 @@ import pandas as pd
 from IPython.display import Markdown
 
 from amedlib.datasets.files import ASSETS, DATA
-from amedlib.study import plans
+from amedlib.study import corruptions, plans
 from amedlib.study.execute import measure
 from amedlib.study.published import ROWS, across_nfe, nfe_name, row_names
 from amedlib.study.uncertainty import against_baseline, estimates, with_interval
@@ -256,3 +256,35 @@ def by_training_seed(
             **{("loss", f"step {n}"): loss for n, loss in enumerate(curves["loss"], 1)},
         }
     return pd.DataFrame(rows).T
+
+
+DISTANCES = {
+    "fd": "FD (classifier's features)",
+    "fd_pixels": "FD (pixels)",
+    "fd_joint": "joint FD",
+}
+
+
+def corruptions_table(table: pd.DataFrame):
+    """Distances of corrupted real images: rows corruption and distance, columns strengths.
+
+    Marked is what is not above the strength before it, and what is not below pure noise.
+
+    Args:
+        table: of ``corruptions.measure_corrupted``.
+    """
+    found = corruptions.judged(table)
+    marks = [" ↓" * (not row.grows) + " > noise" * (not row.below) for row in found.itertuples()]
+    found["cell"] = [f"{v:.3g}{mark}" for v, mark in zip(found["value"], marks, strict=True)]
+    found["strength"] = found.groupby(["kind", "metric"]).cumcount() + 1
+    found["metric"] = found["metric"].map(DISTANCES)
+    frame = found.pivot(index=["kind", "metric"], columns="strength", values="cell")
+    order = [(kind, name) for kind in corruptions.CORRUPTIONS for name in found["metric"].unique()]
+    frame = frame.loc[order].rename_axis(index=[None, None])
+    return frame.style
+
+
+def ends_table(table: pd.DataFrame):
+    """The same distances of what has no strength: untouched images, grey ones, noise."""
+    whole = table[table["strength"].isna()].set_index("kind").drop(columns="strength")
+    return whole.rename(columns=DISTANCES).rename_axis(None).style.format("{:.3g}")

@@ -1,12 +1,14 @@
 """Train the models of the data set "cifar10_small" from nothing: classifier, then denoiser.
 
-    python data/models/train_cifar10.py                        all three parts, on a GPU
+    python data/models/train_cifar10.py                        all parts, on a GPU
     python data/models/train_cifar10.py denoiser --seconds 540 one part, for nine minutes
 
 The parts are "classifier", "denoiser" and "publish", which writes the denoiser's average weights,
-the moments of real images' features, the model cards and SHA256SUMS. The images are downloaded
-unless --images names a folder or an archive of them. The training of the denoiser writes
-checkpoints and goes on from them, so that several short runs add up; "publish" takes what there is.
+the moments of real images' features, the model cards and SHA256SUMS; and "joint", which writes the
+moments of their joint features and, since it only needs the classifier, takes minutes on a CPU. The
+images are downloaded unless --images names a folder or an archive of them. The training of the
+denoiser writes checkpoints and goes on from them, so that several short runs add up; "publish"
+takes what there is.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from tqdm import tqdm
 
 from amedlib.checks import one_of, require
 from amedlib.compute import best_device
+from amedlib.datasets import joint
 from amedlib.datasets.files import Asset, fetch
 from amedlib.denoisers import edm
 from amedlib.denoisers.cifar10 import (
@@ -451,15 +454,55 @@ def save_half(path: Path, tensors: dict, about: dict):
     save_tensors(path, tensors, metadata(about))
 
 
+def load_classifier(into, device) -> tuple[Cifar10Classifier, dict]:
+    """The classifier that was trained, and its metadata."""
+    weights, about = load_tensors(into / "cifar10_classifier.safetensors")
+    net = Cifar10Classifier(json.loads(about["width"]))
+    net.load_state_dict(weights)
+    return net.eval().requires_grad_(False).to(device), about
+
+
 @torch.no_grad()
-def real_moments(net, data, device) -> dict[str, list[Moments]]:
-    """Moments of the features: of the training images, and of the test images in random blocks."""
-    features = {n: in_batches(net.features, images.pixels, device) for n, images in data.items()}
+def real_moments(function, data, device) -> dict[str, list[Moments]]:
+    """Moments of features: of the training images, and of the test images in random blocks."""
+    features = {n: in_batches(function, images.pixels, device) for n, images in data.items()}
     order = torch.randperm(len(features["test"]), generator=torch.Generator().manual_seed(SEED))
     return {
         "train": [Moments.of(features["train"])],
         "test": [Moments.of(features["test"][part]) for part in order.tensor_split(BLOCKS)],
     }
+
+
+def save_moments(path: Path, moments: dict[str, list[Moments]], source: str):
+    """Write the moments, with what they are of as metadata."""
+    classifier = (path.parent / "cifar10_classifier.safetensors").read_bytes()
+    save_tensors(
+        path,
+        moments_to_tensors(moments),
+        {"data": f"{source}; x/127.5 - 1", "features": hashlib.sha256(classifier).hexdigest()},
+    )
+
+
+def make_joint(data, into, device, source, **_):
+    """The moments of the joint features of real images, not yet balanced, and their card."""
+    net, _ = load_classifier(into, device)
+    both = joint.side_by_side(joint.CIFAR10, net.features)
+    moments = real_moments(both, data, device)
+    path = into / "cifar10_joint.safetensors"
+    save_moments(path, moments, source)
+    factors = joint.balance(joint.CIFAR10, moments["train"][0])
+    test, train = (sum(moments[n][1:], moments[n][0]) * factors for n in ("test", "train"))
+    card = JOINT_CARD.format(
+        source=source,
+        frequencies=joint.CIFAR10.count,
+        features=net.FEATURES,
+        power=joint.CIFAR10.power,
+        train=train.count,
+        test=test.count,
+        floor=moments_distance(test, train),
+    )
+    write_atomically(into / "cifar10_joint.md", card.encode())
+    enter_sums(into)
 
 
 def publish(data, into, settings, device, source, **_):
@@ -468,35 +511,25 @@ def publish(data, into, settings, device, source, **_):
     stored = read_checkpoint(into, about)
     prefix = "average/"
     weights = {n.removeprefix(prefix): t for n, t in stored.items() if n.startswith(prefix)}
-    data_note = f"{source}; x/127.5 - 1"
     known = {"precond_class": "EDMPrecond", "init_kwargs": about["init_kwargs"]}
-    known |= {"data": data_note, "images": about["images"], "runs": about["runs"]}
+    known |= {"data": f"{source}; x/127.5 - 1", "images": about["images"], "runs": about["runs"]}
     save_half(into / "cifar10_edm.safetensors", weights, known)
 
-    path = into / "cifar10_classifier.safetensors"
-    weights, of_classifier = load_tensors(path)
-    net = Cifar10Classifier(json.loads(of_classifier["width"]))
-    net.load_state_dict(weights)
-    net.eval().requires_grad_(False).to(device)
-    moments = real_moments(net, data, device)
+    net, of_classifier = load_classifier(into, device)
+    moments = real_moments(net.features, data, device)
     floor, _ = leave_one_out(moments["test"], lambda m: moments_distance(m, moments["train"][0]))
-    save_tensors(
-        into / "cifar10_moments.safetensors",
-        moments_to_tensors(moments),
-        {"data": data_note, "features": hashlib.sha256(path.read_bytes()).hexdigest()},
-    )
+    save_moments(into / "cifar10_moments.safetensors", moments, source)
     write_cards(into, source, settings, about, of_classifier, data, floor)
     enter_sums(into)
 
 
 def enter_sums(into: Path):
-    """Enter the three files into SHA256SUMS; the lines of others stay."""
+    """Enter the files of this script into SHA256SUMS; the lines of others stay."""
     path = into / "SHA256SUMS"
     lines = path.read_text().splitlines() if path.exists() else []
     sums = dict(line.split()[::-1] for line in lines if line.strip())
-    for name in ("cifar10_edm", "cifar10_classifier", "cifar10_moments"):
-        file = f"{name}.safetensors"
-        sums[file] = hashlib.sha256((into / file).read_bytes()).hexdigest()
+    for file in into.glob("cifar10_*.safetensors"):
+        sums[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
     text = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
     write_atomically(path, text.encode())
 
@@ -552,6 +585,27 @@ Data: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
 """
 
 
+JOINT_CARD = """# cifar10_joint: real images in the joint features of CIFAR-10
+
+**What.** Moments (count, sum, sum of outer products) of {frequencies} coefficients of the cosine
+transform and the {features} features of `cifar10_classifier`, side by side
+(`amedlib.datasets.joint`): of the {train:,} training images, and of the {test:,} test images in ten
+random blocks. Written by `data/models/train_cifar10.py joint`.
+
+**Balance.** They are raw. The library divides a coefficient by its deviation to the power
+{power:g}, then scales coefficients and features to a total variance of 50 each, all from the
+moments of the training images.
+
+**Data.** {source}.
+
+**Measured.** Joint FD of the test images to the training images: {floor:.3f}.
+
+**Limits.** The frequencies stand for all pixels but are not all of them: a pattern at another
+frequency is seen by the classifier alone. Data: Krizhevsky, "Learning Multiple Layers of Features
+from Tiny Images", 2009.
+"""
+
+
 def write_cards(into, source, settings, about, of_classifier, data, floor):
     """The model cards, every number of which was measured here or read from the files."""
     with torch.device("meta"):
@@ -595,7 +649,12 @@ def write_cards(into, source, settings, about, of_classifier, data, floor):
     write_atomically(into / "cifar10_classifier.md", card.encode())
 
 
-PARTS = {"classifier": make_classifier, "denoiser": make_denoiser, "publish": publish}
+PARTS = {
+    "classifier": make_classifier,
+    "denoiser": make_denoiser,
+    "publish": publish,
+    "joint": make_joint,
+}
 
 
 def main(arguments=None):

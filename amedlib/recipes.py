@@ -63,6 +63,9 @@ class Training(Method):
             not zero, and a table the rest.
         points: K, the number of intermediate points that a table has in a step.
         passes: how often the trajectories are seen; their ends are computed once.
+        soft: radius of the ball around its latents in which the student may begin, in their units
+            (the soft teacher of LD3); zero is off. Before every pass but the first each latent
+            moves downhill by a quarter of it, and stays where that brings its end no nearer.
         optimizer: ``"adam"``, or ``"lbfgs"``, which takes all trajectories at once and is
             begun anew in every pass, of 20 iterations. It needs no learning rate, and finds
             the scale of every freedom by itself: the end moves by orders of magnitude more with
@@ -101,6 +104,7 @@ class Training(Method):
     points: int = 1
     passes: int = 1
     optimizer: str = "adam"
+    soft: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -176,6 +180,7 @@ class Training(Method):
         free, table = self.freedoms, self.form == "table"
         for name, value, needed in (
             ("objective", "endpoint", "times" in free or self.passes > 1 or self.whole),
+            ("soft", 0.0, self.passes == 1),
             ("gradient", "reverse", free != ("r",)),
             ("points", 1, not table or "r" not in free),
         ):
@@ -208,6 +213,8 @@ class Training(Method):
             (self.scale_dir, self.scale_time),
             f'zero in the form "{self.form}", which predicts r only',
         )
+        soft = self.soft
+        require(is_number(soft) and 0 <= soft < math.inf, "soft", soft, "a radius of at least zero")
         rate = self.learning_rate
         require(
             is_number(rate) and 0 < rate < math.inf,
@@ -215,7 +222,7 @@ class Training(Method):
             rate,
             "a positive number",
         )
-        floats = ("scale_dir", "scale_time", "learning_rate")
+        floats = ("scale_dir", "scale_time", "learning_rate", "soft")
         self._set(**{name: float(getattr(self, name)) for name in floats})
 
     @property

@@ -123,8 +123,10 @@ class Trainer:
         self.optimizer = self._make_optimizer()
         self.batches_per_pass = 1 if config.whole else -(-config.images // config.batch)
         self.batches = config.passes * self.batches_per_pass
-        # Where the teacher ends, by seeds; kept if a later pass needs it.
-        self._ends: dict[range, torch.Tensor] = {}
+        # Where the teacher ends, kept if a later pass needs it; and where the student begins, if
+        # not where the teacher did; both by seed.
+        self._ends: dict[int, torch.Tensor] = {}
+        self._begins: dict[int, torch.Tensor] = {}
         # Per batch and step: loss, r, its standard deviation; and the seconds spent on them all.
         self.log: list[list[tuple[float, float, float]]] = []
         self.seconds = 0.0
@@ -149,14 +151,18 @@ class Trainer:
             x = latents.to(torch.float64) * self.times[0]
             return _teach(self.denoiser, x, self.config, labels)[0][-1]
 
-    def losses(self, latents: torch.Tensor, labels=None, end: torch.Tensor | None = None):
+    def losses(
+        self, latents: torch.Tensor, labels=None, end: torch.Tensor | None = None, mean=True
+    ):
         """Yield the loss of the batch (with its graph) and the r, [B, 1, 1, 1] or [], it judges.
 
         Step by step, with a list of one r; for the objective ``"endpoint"`` once, with all r. The
         caller may update the predictor in between; the next step sees the update.
 
         Args:
-            end: of ``end``, if it is known already and the objective is ``"endpoint"``.
+            end: of ``end``, if it is known already and the objective is ``"endpoint"``; the
+                student's latents may then be others.
+            mean: whether over the batch; else the losses are [B].
         """
         config = self.config
         x = latents.to(torch.float64) * self.times[0]
@@ -197,7 +203,8 @@ class Trainer:
                 student.detach()
         if config.objective == "endpoint":
             student.finish()
-            yield self.distance(student.x, targets[-1]).mean(), seen
+            distance = self.distance(student.x, targets[-1])
+            yield distance.mean() if mean else distance, seen
 
     def step(self) -> None:
         """Train on the next batch: one update of the predictor per loss.
@@ -222,27 +229,57 @@ class Trainer:
         self.log.append(rows)
         self.seconds += time.perf_counter() - start
 
-    def _losses_of(self, seeds: range):
+    def _inputs(self, seeds: range) -> tuple[torch.Tensor, object, torch.Tensor | None]:
+        """What ``losses`` takes: the student's latents, labels, and where the teacher ends."""
         latents, labels = make_latents(seeds, self.shape, self.device), self.labels(seeds)
-        reused = self.config.passes > 1 or self.config.whole
-        if reused and seeds not in self._ends:
-            self._ends[seeds] = self.end(latents, labels)
-        return self.losses(latents, labels, self._ends.get(seeds))
+        if self.config.passes == 1 and not self.config.whole:
+            return latents, labels, None
+        if seeds[0] not in self._ends:
+            self._ends |= zip(seeds, self.end(latents, labels), strict=True)
+        end = torch.stack([self._ends[seed] for seed in seeds])
+        begin = [self._begins.get(seed, x) for seed, x in zip(seeds, latents, strict=True)]
+        return torch.stack(begin), labels, end
+
+    def _soften(self, seeds: range) -> None:
+        """Move the student's latents within their balls to where they end nearer to the teacher."""
+        latents = make_latents(seeds, self.shape, self.device)
+        begin, labels, end = self._inputs(seeds)
+
+        def ends(x):
+            return next(self.losses(x, labels, end, mean=False))[0]
+
+        def norm(x):
+            return x.flatten(1).norm(dim=1).reshape(-1, *[1] * (x.ndim - 1))
+
+        begin.requires_grad_(True)
+        before = ends(begin)
+        (slope,) = torch.autograd.grad(before.sum(), begin)
+        with torch.no_grad():
+            away = begin - self.config.soft / 4 * slope / norm(slope) - latents
+            moved = latents + away * (self.config.soft / norm(away)).clamp(max=1)
+            nearer = ends(moved) < before
+        for seed, better, x in zip(seeds, nearer, moved, strict=True):
+            if better:
+                self._begins[seed] = x
 
     def _step(self) -> list[tuple[float, float, float]]:
         seeds = self.seeds(len(self.log))
         parts = [seeds[i : i + self.part] for i in range(0, len(seeds), self.part)]
+        if self.config.soft and len(self.log) >= self.batches_per_pass:
+            for part in parts:
+                self._soften(part)
         if self.config.whole:
             found = []
 
             def closure():
-                found.append(self._gradient(parts, [self._losses_of(part) for part in parts]))
+                losses = [self.losses(*self._inputs(part)) for part in parts]
+                found.append(self._gradient(parts, losses))
                 return torch.tensor(found[-1][0][0])
 
             self.optimizer.step(closure)
             self.optimizer.state.clear()  # the next pass begins anew, interrupted or not
             return min(found)
-        losses, rows = [self._losses_of(part) for part in parts], []
+        losses, rows = [self.losses(*self._inputs(part)) for part in parts], []
         while len(rows) < len(self.times) - 1:
             rows += self._gradient(parts, losses, len(rows))
             self.optimizer.step()
@@ -271,6 +308,7 @@ class Trainer:
         tensors = {f"predictor/{k}": v for k, v in self.predictor.state_dict().items()}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam/{i}/{name}": torch.as_tensor(v) for name, v in state.items()}
+        tensors |= {f"begins/{seed}": x for seed, x in self._begins.items()}
         tensors["log"] = torch.tensor(self.log, dtype=torch.float64)
         tensors["seconds"] = torch.tensor(self.seconds, dtype=torch.float64)
         metadata = {
@@ -298,13 +336,14 @@ class Trainer:
                 state["state"].setdefault(int(index), {})[key] = value
             for each in state["state"].values():
                 each["step"], each["exp_avg"], each["exp_avg_sq"]  # all there is
+            begins = {int(k): v.to(self.device) for k, v in below("begins/", tensors).items()}
             log, seconds = tensors["log"].tolist(), tensors["seconds"].item()
         allowed = "the state of the same training of this denoiser; delete it to begin anew"
         require(same, "the file", str(path), allowed)
         with reading(path, "the state of a training"):
             self.predictor.load_state_dict(below("predictor/", tensors))
             self.optimizer.load_state_dict(state)
-        self.log, self.seconds = log, seconds
+        self.log, self.seconds, self._begins = log, seconds, begins
 
 
 def _begun(make: Callable[[], Trainer], partial: Path) -> Trainer:

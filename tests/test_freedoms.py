@@ -195,14 +195,23 @@ def test_whole_batches_descend_from_pass_to_pass(tmp_path):
     assert table.intervals == 3 and start > 3 * found[0] and found == sorted(found, reverse=True)
 
 
-@pytest.mark.parametrize("changes", [WHOLE | {"passes": 3}, END | {"passes": 3, "images": 8}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        WHOLE | {"passes": 3},
+        END | {"passes": 3, "images": 8},
+        WHOLE | {"passes": 4, "soft": 0.5},
+    ],
+    ids=str,
+)
 def test_an_interrupted_training_ends_the_same(tmp_path, changes):
     config = Training(**changes | {"batch": 4}, freedoms=("times", "coefficients"))
     whole = Trainer(TinyNet(), config, SHAPE)
     for _ in range(whole.batches):
         whole.step()
     first = Trainer(TinyNet(), config, SHAPE)
-    first.step()
+    for _ in range(2):
+        first.step()
     first.save(tmp_path / "a.partial")
     second = Trainer(TinyNet(), config, SHAPE)
     second.resume(tmp_path / "a.partial")
@@ -221,6 +230,21 @@ def test_a_later_pass_asks_the_teacher_nothing():
         trainer.step()
     teacher, student = 2 * 4 * 3, 2  # Heun on four steps for one; AFS saves the first
     assert net.images == 8 * (teacher + 3 * student)
+
+
+def test_a_soft_teacher_lets_the_student_begin_nearby():
+    config = Training(**WHOLE | {"passes": 5, "soft": 0.5, "batch": 4}, freedoms=("times",))
+    hard = Trainer(mixture(), replace(config, soft=0.0), SHAPE)
+    trainer = Trainer(mixture(), config, SHAPE)
+    for _ in range(5):
+        hard.step()
+        trainer.step()
+    latents = make_latents(trainer.seeds(0), SHAPE)
+    begun = trainer._inputs(trainer.seeds(0))[0]
+    away = (begun - latents).flatten(1).norm(dim=1)
+    assert (away <= 0.5 * (1 + 1e-6)).all() and away.max() > 0.2
+    ours, theirs = trainer.log, hard.log
+    assert ours[0][0][0] == theirs[0][0][0] and ours[-1][0][0] < 0.9 * theirs[-1][0][0]
 
 
 def test_a_file_of_a_table_samples(tmp_path):
@@ -261,10 +285,18 @@ def test_a_network_and_a_table_go_together(tmp_path):
         ({"freedoms": ()}, "freedoms must be a list of different names"),
         ({"freedoms": ("r", "r")}, "freedoms must be a list of different names"),
         ({"freedoms": ("times",), "points": 2}, "points must be 1 for"),
-        ({"solver": "amed", "options": {}, "freedoms": ("times",)}, "freedoms must be with 'r' for a single-step"),
-        ({"solver": "unipc", "options": {}, "freedoms": ("coefficients",)}, "freedoms must be without 'coeff"),
+        (
+            {"solver": "amed", "options": {}, "freedoms": ("times",)},
+            "freedoms must be with 'r' for a single-step",
+        ),
+        (
+            {"solver": "unipc", "options": {}, "freedoms": ("coefficients",)},
+            "freedoms must be without 'coeff",
+        ),
         ({"optimizer": "sgd"}, "optimizer must be one of"),
         ({"objective": "step", "optimizer": "lbfgs"}, "objective must be 'endpoint' for"),
+        ({"soft": -1.0, "passes": 2}, "soft must be a radius of at least zero"),
+        ({"soft": 1.0}, "soft must be 0.0 for"),
         ({"passes": 0}, "passes must be a whole number of at least 1; 0 was given."),
         ({"objective": "step", "passes": 2}, "objective must be 'endpoint' for"),
     ],

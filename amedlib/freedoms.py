@@ -32,7 +32,8 @@ class LearnedTable(nn.Module):
     r                 K locations, each through a sigmoid; and their weights, through a softmax
     scale_dir         c - 1, as in ``Directions``
     scale_time        log a for each of the K points
-    coefficients      as in ``Directions``, one for every evaluation that the solver remembers
+    coefficients      as in ``Directions`` in units of 0.05, one for every evaluation that the
+                      solver remembers: a coefficient moves the end much more than a time does
     ================  ==========================================================================
 
     Args:
@@ -126,5 +127,5 @@ class LearnedTable(nn.Module):
             scale_time or (1.0,) * len(r),
             tuple(self.weights[step].softmax(0)) if self.points > 1 else (1.0,) * len(r),
             scale_dir,
-            tuple(self.coefficients[step]) if "coefficients" in self.freedoms else (),
+            tuple(0.05 * self.coefficients[step]) if "coefficients" in self.freedoms else (),
         )

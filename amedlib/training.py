@@ -134,7 +134,7 @@ class Trainer:
     def _make_optimizer(self) -> torch.optim.Optimizer:
         parameters = self.predictor.parameters()
         if self.config.whole:
-            how = {"max_iter": 20, "history_size": 20, "line_search_fn": "strong_wolfe"}
+            how = {"max_iter": 10, "history_size": 20, "line_search_fn": "strong_wolfe"}
             return torch.optim.LBFGS(parameters, **how)
         return torch.optim.Adam(parameters, self.config.learning_rate)
 
@@ -277,7 +277,6 @@ class Trainer:
                 return torch.tensor(found[-1][0][0])
 
             self.optimizer.step(closure)
-            self.optimizer.state.clear()  # the next pass begins anew, interrupted or not
             return min(found)
         losses, rows = [self.losses(*self._inputs(part)) for part in parts], []
         while len(rows) < len(self.times) - 1:
@@ -307,7 +306,7 @@ class Trainer:
         """Write everything that is needed to go on from here."""
         tensors = {f"predictor/{k}": v for k, v in self.predictor.state_dict().items()}
         for i, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam/{i}/{name}": torch.as_tensor(v) for name, v in state.items()}
+            tensors |= {f"optimizer/{i}/{name}": value for name, value in _flat(state).items()}
         tensors |= {f"begins/{seed}": x for seed, x in self._begins.items()}
         tensors["log"] = torch.tensor(self.log, dtype=torch.float64)
         tensors["seconds"] = torch.tensor(self.seconds, dtype=torch.float64)
@@ -331,11 +330,12 @@ class Trainer:
             same &= json.loads(metadata["shape"]) == list(self.shape)
             same &= metadata["denoiser"] == (self.fingerprint or "")
             state = self.optimizer.state_dict() | {"state": {}}
-            for name, value in below("adam/", tensors).items():
-                index, key = name.split("/")
-                state["state"].setdefault(int(index), {})[key] = value
-            for each in state["state"].values():
-                each["step"], each["exp_avg"], each["exp_avg_sq"]  # all there is
+            for name, value in below("optimizer/", tensors).items():
+                index, key = name.split("/", 1)
+                # A copy is aligned in memory, on which the last bits of a product depend.
+                state["state"].setdefault(int(index), {})[key] = value.clone()
+            nested = _nested_lbfgs if self.config.whole else _nested_adam
+            state["state"] = {i: nested(each) for i, each in state["state"].items()}
             begins = {int(k): v.to(self.device) for k, v in below("begins/", tensors).items()}
             log, seconds = tensors["log"].tolist(), tensors["seconds"].item()
         allowed = "the state of the same training of this denoiser; delete it to begin anew"
@@ -344,6 +344,36 @@ class Trainer:
             self.predictor.load_state_dict(below("predictor/", tensors))
             self.optimizer.load_state_dict(state)
         self.log, self.seconds, self._begins = log, seconds, begins
+
+
+def _flat(state: dict) -> dict[str, torch.Tensor]:
+    """An optimiser's state for one parameter as tensors by name, those of a list by number."""
+    found = {}
+    for name, value in state.items():
+        named = (
+            {f"{name}/{i}": v for i, v in enumerate(value)}
+            if isinstance(value, list)
+            else {name: value}
+        )
+        for key, v in named.items():
+            if v is not None:
+                found[key] = v if torch.is_tensor(v) else torch.tensor(v, dtype=torch.float64)
+    return found
+
+
+def _nested_adam(flat: dict[str, torch.Tensor]) -> dict:
+    return {name: flat[name] for name in ("step", "exp_avg", "exp_avg_sq")}
+
+
+def _nested_lbfgs(flat: dict[str, torch.Tensor]) -> dict:
+    """Of what ``_flat`` made of it; its workspace ``al`` is made anew."""
+    state = {name: flat[name] for name in ("d", "H_diag", "prev_flat_grad")}
+    state |= {name: flat[name].item() for name in ("t", "prev_loss")}
+    state |= {name: int(flat[name]) for name in ("func_evals", "n_iter")}
+    for name in ("old_dirs", "old_stps", "ro"):
+        values = below(f"{name}/", flat)
+        state[name] = [values[key] for key in sorted(values, key=int)]
+    return state
 
 
 def _begun(make: Callable[[], Trainer], partial: Path) -> Trainer:

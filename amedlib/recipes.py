@@ -20,6 +20,23 @@ RECIPES = {
 }
 
 
+# The method of the paper and those that came after it, as fields of ``Training``. Where one of them
+# was trained with another optimiser, more trajectories or another distance, that is not repeated
+# here: a few trajectories at once by L-BFGS serve all tables the same.
+_TABLE = {"recipe": "paper", "form": "table", "uses_bottleneck": False}
+_END = {"objective": "endpoint", "teacher": "heun", "m": 8}
+_FREE = _TABLE | _END | {"optimizer": "lbfgs", "images": 64, "passes": 8}
+PRESETS = {
+    "amed": {"recipe": "paper"},
+    "amed-release": {"recipe": "release"},
+    "ld3": _FREE | {"freedoms": ("times", "network_times")},
+    "s4s": _FREE | {"freedoms": ("coefficients",)},
+    "s4s-alt": _FREE | {"freedoms": ("times", "coefficients")},
+    "epd": _TABLE | {"freedoms": ("r", "scale_dir", "scale_time"), "points": 2},
+    "all": _FREE | {"freedoms": ("times", "network_times", "coefficients")},
+}
+
+
 LOSSES = ("l2", "features", "lpips")
 
 
@@ -115,6 +132,19 @@ class Training(Method):
         same = self.teacher == self.solver  # it shares the student's options
         own = {} if same else canonical_options(self.teacher, self.teacher_options)
         self._set(teacher_options=own)
+
+    @classmethod
+    def preset(cls, name: str, **fields) -> "Training":
+        """A method by name, one of ``PRESETS``: AMED, LD3, S4S, S4S-Alt, EPD, or all freedoms.
+
+        Args:
+            fields: go before what the preset says.
+
+        Raises:
+            ValueError: no such preset, or a field is outside its range.
+        """
+        one_of("preset", name, PRESETS)
+        return cls(**PRESETS[name] | fields)
 
     def _complete(self):
         """Say what the recipe says where nothing is said."""

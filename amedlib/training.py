@@ -130,6 +130,7 @@ class Trainer:
         # Per batch and step: loss, r, its standard deviation; and the seconds spent on them all.
         self.log: list[list[tuple[float, float, float]]] = []
         self.seconds = 0.0
+        self.gradients = 0  # taken so far, each of a batch
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         parameters = self.predictor.parameters()
@@ -287,6 +288,7 @@ class Trainer:
     def _gradient(self, parts: list[range], losses: list, step: int = 0) -> list[tuple]:
         """Add up the gradients of the next loss of all parts; what the log says of it."""
         self.optimizer.zero_grad()
+        self.gradients += 1
         number = sum(map(len, parts))
         total, locations = 0.0, []
         for part, each in zip(parts, losses, strict=True):
@@ -310,6 +312,7 @@ class Trainer:
         tensors |= {f"begins/{seed}": x for seed, x in self._begins.items()}
         tensors["log"] = torch.tensor(self.log, dtype=torch.float64)
         tensors["seconds"] = torch.tensor(self.seconds, dtype=torch.float64)
+        tensors["gradients"] = torch.tensor(self.gradients)
         metadata = {
             "training": json.dumps(asdict(self.config)),
             "shape": json.dumps(self.shape),
@@ -337,13 +340,15 @@ class Trainer:
             nested = _nested_lbfgs if self.config.whole else _nested_adam
             state["state"] = {i: nested(each) for i, each in state["state"].items()}
             begins = {int(k): v.to(self.device) for k, v in below("begins/", tensors).items()}
-            log, seconds = tensors["log"].tolist(), tensors["seconds"].item()
+            log = tensors["log"].tolist()
+            seconds, gradients = tensors["seconds"].item(), tensors["gradients"].item()
         allowed = "the state of the same training of this denoiser; delete it to begin anew"
         require(same, "the file", str(path), allowed)
         with reading(path, "the state of a training"):
             self.predictor.load_state_dict(below("predictor/", tensors))
             self.optimizer.load_state_dict(state)
-        self.log, self.seconds, self._begins = log, seconds, begins
+        self.log, self._begins = log, begins
+        self.seconds, self.gradients = seconds, gradients
 
 
 def _flat(state: dict) -> dict[str, torch.Tensor]:

@@ -20,6 +20,9 @@ from amedlib.study.procedures import Context, relative_alignment
 from amedlib.study.run import BLOCKS, Run
 from amedlib.training import Trainer, Training
 
+# Of a pass of ten iterations, about: a line search that is content with its first point takes one.
+LBFGS_GRADIENTS = 12
+
 
 class _Counter:
     """A denoiser that changes nothing, and counts the images that it is given."""
@@ -43,7 +46,8 @@ def training_evaluations(training: Training) -> int:
     """
     # The seed changes nothing here, and most trainings differ in it alone.
     each = _per_trajectory(json.dumps(asdict(replace(training, seed=0))))
-    return each * -(-training.images // training.batch) * training.batch
+    batch = training.images if training.whole else training.batch
+    return each * -(-training.images // batch) * batch
 
 
 @cache
@@ -53,9 +57,10 @@ def _per_trajectory(training: str) -> int:
         Trainer(counter, Training(**json.loads(training)), (1, 1, 1)),
         torch.ones(1, 1, 1, 1),
     )
-    passes = trainer.config.passes
-    end = trainer.end(one) if passes > 1 else None
-    for _ in range(passes):
+    config = trainer.config
+    gradients = config.passes * (LBFGS_GRADIENTS if config.whole else 1)
+    end = trainer.end(one) if gradients > 1 else None
+    for _ in range(gradients):
         for _ in trainer.losses(one, end=end):
             pass
     return counter.images

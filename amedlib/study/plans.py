@@ -8,45 +8,8 @@ import pandas as pd
 from amedlib.checks import different, one_of, whole
 from amedlib.datasets.entries import DATASETS, describe
 from amedlib.study.published import KEY, published
-from amedlib.study.rows import METHODS, RECIPE, SCHEDULES, SEEDS, Row, methods
+from amedlib.study.rows import METHODS, RECIPE, SCHEDULES, SEEDS, methods, run_of, runs_of
 from amedlib.study.run import Run
-
-
-def _run(dataset, method: Row, nfe, samples, metric="fd", **fields) -> Run:
-    """The Run of a method on a data set; ``fields`` go before what method and data set say."""
-    data = describe(dataset)
-    samples = data.samples if samples is None else samples
-    if metric == "endpoint_error":
-        samples = min(samples, data.endpoint_samples)
-    return Run(
-        **{
-            "metric": metric,
-            "dataset": dataset,
-            "solver": method.solver,
-            "options": method.options | data.solver_options.get(method.solver, {}),
-            "schedule": method.schedule,
-            "sigma_min": data.sigma_min,
-            "sigma_max": data.sigma_max,
-            "noise_levels": data.noise_levels,
-            "precision": data.precision,
-            "nfe": nfe,
-            "samples": samples,
-        }
-        | fields
-    )
-
-
-def _runs(dataset, method: Row, nfe, seeds, n_samples, metric, **predictor) -> list[Run]:
-    """The Runs of a method: one, or one per training seed where something is learned."""
-    fields = {"schedule": method.schedule, "afs": method.afs, "options": method.options}
-    fields["options"] = fields["options"] | describe(dataset).solver_options.get(method.solver, {})
-    if not method.learned:
-        return [_run(dataset, method, nfe, n_samples, metric, **fields)]
-    learned = RECIPE | describe(dataset).training | method.predictor | predictor
-    return [
-        _run(dataset, method, nfe, n_samples, metric, **fields, predictor=learned | {"seed": seed})
-        for seed in different("seeds", seeds)
-    ]
 
 
 def table2(
@@ -89,7 +52,7 @@ def table2(
         row = dict.fromkeys(KEY) | row | {"amed": method.learned}
         for nfe in nfes:
             each = replace(method, afs=method.afs and nfe % 2 == 1)
-            for what in _runs(dataset, each, nfe, seeds, n_samples, metric, **predictor):
+            for what in runs_of(dataset, each, nfe, seeds, n_samples, metric, **predictor):
                 rows.append(row | {"afs": each.afs, "nfe": nfe, "run": what})
     return pd.DataFrame(rows)
 
@@ -133,8 +96,8 @@ def cell(
         predictor["uses_bottleneck"] = False
     if given.get("strategy") == "grid_search":
         fields = {"schedule": method.schedule, "afs": method.afs, "r": "searched"}
-        return [_run(dataset, method, row["nfe"], n_samples, metric, **fields)]
-    return _runs(dataset, method, row["nfe"], seeds, n_samples, metric, **predictor)
+        return [run_of(dataset, method, row["nfe"], n_samples, metric, **fields)]
+    return runs_of(dataset, method, row["nfe"], seeds, n_samples, metric, **predictor)
 
 
 def table(
@@ -209,7 +172,7 @@ def table1(dataset: str = "digits", seeds=SEEDS, n_samples: int = 1000) -> pd.Da
         nfe = (5 if name == "DDIM" else 10) * describe(dataset).evaluations_per_call
         for seed in different("seeds", seeds) if method.learned else [None]:
             learned = training | {"seed": seed} if method.learned else None
-            what = _run(dataset, method, nfe, n_samples, "local_error", predictor=learned)
+            what = run_of(dataset, method, nfe, n_samples, "local_error", predictor=learned)
             rows.append({"method": name, "nfe": nfe, "run": what})
     return pd.DataFrame(rows)
 
@@ -217,7 +180,7 @@ def table1(dataset: str = "digits", seeds=SEEDS, n_samples: int = 1000) -> pd.Da
 def figure4(dataset: str = "digits", n_samples: int = 1000) -> pd.DataFrame:
     """PCA of trajectories of EDM's sampler with 80 NFE; columns method, nfe, run."""
     nfe = 80 * describe(dataset).evaluations_per_call
-    what = _run(dataset, METHODS["EDM"], nfe, n_samples, "trajectory_pca")
+    what = run_of(dataset, METHODS["EDM"], nfe, n_samples, "trajectory_pca")
     return pd.DataFrame([{"method": "EDM", "nfe": nfe, "run": what}])
 
 
@@ -227,7 +190,7 @@ def figure5(dataset: str = "digits", n_samples: int = 500) -> pd.DataFrame:
     for name in ("DPM-Solver++(3M)", "UniPC", "iPNDM", "DDIM", "DPM-Solver-2", "AMED-Solver"):
         nfe = 10 * describe(dataset).evaluations_per_call
         fields = {"schedule": "polynomial", "r": 0.5}
-        what = _run(dataset, METHODS[name], nfe, n_samples, "grid_search", **fields)
+        what = run_of(dataset, METHODS[name], nfe, n_samples, "grid_search", **fields)
         rows.append({"method": name, "nfe": nfe, "run": what})
     return pd.DataFrame(rows)
 
@@ -241,7 +204,7 @@ def figure7(dataset: str = "digits", nfes=None, seeds=SEEDS, n_samples: int = 10
 def slope_angle(dataset: str = "digits", n_samples: int = 1000) -> pd.DataFrame:
     """How far the slope at the first time is from the direction of the noise; as ``figure4``."""
     nfe = 5 * describe(dataset).evaluations_per_call  # of a Run that has no method of its own
-    what = _run(dataset, METHODS["DDIM"], nfe, n_samples, "first_slope")
+    what = run_of(dataset, METHODS["DDIM"], nfe, n_samples, "first_slope")
     return pd.DataFrame([{"method": "DDIM", "nfe": nfe, "run": what}])
 
 
@@ -256,7 +219,7 @@ def centring(dataset: str = "digits", nfes=(3, 5, 7), n_samples: int = 5000) -> 
         for afs in (False, True):
             for data, label in ((dataset, "centred"), (f"{dataset}_uncentred", "not centred")):
                 for nfe in nfes:
-                    what = _run(data, METHODS[name], nfe, n_samples, afs=afs)
+                    what = run_of(data, METHODS[name], nfe, n_samples, afs=afs)
                     method = f"{name}, AFS" if afs else name
                     rows.append({"method": method, "data": label, "nfe": nfe, "run": what})
     return pd.DataFrame(rows)
@@ -306,7 +269,7 @@ def plugin(
     rows = [
         {"variant": label, "method": "iPNDM", "nfe": nfe, "run": what}
         for label, afs in (("iPNDM", False), ("iPNDM, AFS", True))
-        for what in [_run(dataset, plain, nfe, n_samples, metric, afs=afs)]
+        for what in [run_of(dataset, plain, nfe, n_samples, metric, afs=afs)]
     ]
     for label, (method, changes) in VARIANTS.items():
         each = table2(dataset, [method], [nfe], seeds, n_samples, metric=metric, **changes)
@@ -464,13 +427,13 @@ def limit_run(dataset: str = "digits", n_samples: int | None = None, metric: str
     """Heun with about 80 NFE: the ODE is all but solved, and what is left is the model's limit."""
     data = describe(dataset)
     nfe = 79 if data.afs else 80 * data.evaluations_per_call
-    return _run(dataset, methods(dataset)["EDM"], nfe, n_samples, metric, afs=data.afs)
+    return run_of(dataset, methods(dataset)["EDM"], nfe, n_samples, metric, afs=data.afs)
 
 
 def accuracy_run(dataset: str = "digits") -> Run:
     """How far the ODE's accurate solution moves when its steps are halved."""
     nfe = 5 * describe(dataset).evaluations_per_call  # of a Run that has no method of its own
-    return _run(dataset, METHODS["DDIM"], nfe, 500, "endpoint_accuracy")
+    return run_of(dataset, METHODS["DDIM"], nfe, 500, "endpoint_accuracy")
 
 
 def whole_study(dataset: str = "digits") -> list[Run]:

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, field, replace
 
+from amedlib.checks import different
 from amedlib.datasets.entries import describe
+from amedlib.study.run import Run
 
 SEEDS = (0, 1, 2)
 
@@ -64,3 +66,45 @@ def methods(dataset: str) -> dict[str, Row]:
         )
         for name, method in (METHODS | {"AMED-Plugin": plugin}).items()
     }
+
+
+def run_of(dataset, method: Row, nfe, samples, metric="fd", **fields) -> Run:
+    """The Run of a method on a data set; ``fields`` go before what method and data set say."""
+    data = describe(dataset)
+    samples = data.samples if samples is None else samples
+    if metric == "endpoint_error":
+        samples = min(samples, data.endpoint_samples)
+    return Run(
+        **{
+            "metric": metric,
+            "dataset": dataset,
+            "solver": method.solver,
+            "options": method.options | data.solver_options.get(method.solver, {}),
+            "schedule": method.schedule,
+            "sigma_min": data.sigma_min,
+            "sigma_max": data.sigma_max,
+            "noise_levels": data.noise_levels,
+            "precision": data.precision,
+            "nfe": nfe,
+            "samples": samples,
+        }
+        | fields
+    )
+
+
+def runs_of(
+    dataset, method: Row, nfe, seeds, n_samples=None, metric="fd", first_seed=0, **predictor
+) -> list[Run]:
+    """The Runs of a method: one, or one per training seed where something is learned."""
+    fields = {"schedule": method.schedule, "afs": method.afs, "options": method.options}
+    fields["first_seed"] = first_seed
+    fields["options"] = fields["options"] | describe(dataset).solver_options.get(method.solver, {})
+    if not method.learned:
+        return [run_of(dataset, method, nfe, n_samples, metric, **fields)]
+    learned = RECIPE | describe(dataset).training | method.predictor | predictor
+    return [
+        run_of(
+            dataset, method, nfe, n_samples, metric, **fields, predictor=learned | {"seed": seed}
+        )
+        for seed in different("seeds", seeds)
+    ]

@@ -120,3 +120,33 @@ def learned(
         for run in runs_of(dataset, row, nfe, seeds, n_samples, **predictor):
             planned.append(cell | {"run": run})
     return pd.DataFrame(planned)
+
+
+# On colour without a GPU: half precision, fewer samples and trajectories, for every sampler alike.
+ON_CPU = {"precision": "bfloat16", "samples": 2_000}
+FEW = {"images": 32, "m": 4, "passes": 4}
+
+
+def colour(nfes=(3, 5), seeds=SEEDS) -> pd.DataFrame:
+    """What a CPU can do of the leaderboard on ``cifar10_small``; columns as of ``untrained``.
+
+    The predictors of the AMED rows were trained in single precision on a GPU, and sample so.
+    """
+    dataset = "cifar10_small"
+    plain = untrained(dataset, nfes, ON_CPU["samples"])
+    plain = plain[
+        plain["afs"] & plain["method"].isin(COLOUR) & (plain["schedule"] != "time_uniform")
+    ]
+    tables = ("LD3", "all numbers", "all numbers, two evaluations")
+    few = learned(dataset, tables, nfes, seeds, ON_CPU["samples"], **FEW)
+    half = pd.concat([plain, few], ignore_index=True)
+    half["run"] = [replace(run, **ON_CPU) for run in half["run"]]
+    single = [
+        plain[plain["method"].eq("iPNDM") & plain["schedule"].eq("polynomial")],
+        learned(dataset, ("AMED-Solver", "AMED-Plugin"), nfes, seeds[:1], ON_CPU["samples"]),
+    ]
+    both = pd.concat([half, *single], ignore_index=True)
+    return both.assign(precision=[run.precision for run in both["run"]])
+
+
+COLOUR = ("iPNDM", "DPM-Solver++(3M)", "UniPC-3")

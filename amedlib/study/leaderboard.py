@@ -10,6 +10,7 @@ from amedlib.datasets.entries import describe
 from amedlib.recipes import PRESETS
 from amedlib.sampling import num_steps_for
 from amedlib.solvers import make_solver
+from amedlib.study import plans
 from amedlib.study.rows import METHODS, SCHEDULES, SEEDS, Row, runs_of
 
 NFES = tuple(range(3, 11))
@@ -150,3 +151,72 @@ def colour(nfes=(3, 5), seeds=SEEDS) -> pd.DataFrame:
 
 
 COLOUR = ("iPNDM", "DPM-Solver++(3M)", "UniPC-3")
+
+
+# --- which freedom is worth what ------------------------------------------------------------------
+
+FACTORS = ("times", "network_times", "coefficients")
+
+
+def factorial(dataset: str = "digits", nfes=(3, 5, 7, 9), seeds=SEEDS) -> pd.DataFrame:
+    """iPNDM with every set of ``FACTORS`` learned, with AFS and without, by one training each.
+
+    Returns:
+        Columns of ``FACTORS`` (whether it is learned), afs, nfe, run.
+    """
+    planned, all_free = [], LEARNED["all numbers"]
+    for nfe, afs, free in product(nfes, (False, True), product((False, True), repeat=len(FACTORS))):
+        names = tuple(name for name, learned in zip(FACTORS, free, strict=True) if learned)
+        row = replace(all_free, afs=afs, learned=bool(names))
+        for run in runs_of(dataset, row, nfe, seeds, freedoms=names):
+            planned.append(
+                dict(zip(FACTORS, free, strict=True)) | {"afs": afs, "nfe": nfe, "run": run}
+            )
+    return pd.DataFrame(planned)
+
+
+# How r is learned: for each sample by a network, or one number for all; for the step or the end.
+_OF_R = {"sample by sample": {}, "shared": plans.FREE_R}
+
+
+def ways_to_r(dataset: str = "digits", nfes=(3, 5, 7), seeds=SEEDS) -> pd.DataFrame:
+    """AMED-Plugin with r by sample or shared, for the step or the end; equal budgets.
+
+    Returns:
+        Columns r, objective, nfe, run.
+    """
+    planned = []
+    for (way, fields), objective, nfe in product(_OF_R.items(), ("step", "endpoint"), nfes):
+        row = METHODS["AMED-Plugin"]
+        for run in runs_of(dataset, row, nfe, seeds, **fields, objective=objective):
+            planned.append({"r": way, "objective": objective, "nfe": nfe, "run": run})
+    return pd.DataFrame(planned)
+
+
+COUNTS = (2, 4, 8, 16, 32, 64, 128)
+
+
+def few(dataset: str = "digits", nfes=(3, 5), seeds=SEEDS) -> pd.DataFrame:
+    """All numbers, learned from few trajectories; columns images, nfe, run."""
+    planned = []
+    for images, nfe in product(COUNTS, nfes):
+        for run in runs_of(dataset, LEARNED["all numbers"], nfe, seeds, images=images):
+            planned.append({"images": images, "nfe": nfe, "run": run})
+    return pd.DataFrame(planned)
+
+
+def transfer(nfes=(3, 5, 7), seeds=SEEDS) -> pd.DataFrame:
+    """LD3 and all numbers on the digits with labels, learned there or without labels.
+
+    Returns:
+        Columns method, learned on, nfe, run.
+    """
+    planned, dataset = [], "digits_conditional"
+    for name, nfe, where in product(("LD3", "all numbers"), nfes, (dataset, "digits")):
+        for run in runs_of(dataset, LEARNED[name], nfe, seeds, trained_on=where):
+            planned.append({"method": name, "learned on": where, "nfe": nfe, "run": run})
+    for nfe in nfes:
+        row = replace(UNTRAINED["iPNDM"], afs=True)
+        (run,) = runs_of(dataset, row, nfe, (0,))
+        planned.append({"method": "iPNDM", "learned on": "nothing", "nfe": nfe, "run": run})
+    return pd.DataFrame(planned)

@@ -108,6 +108,12 @@ class LearnedTable(nn.Module):
             return times, times
         return times, times[:-1] * torch.stack(list(self.shifts)).to(times).exp()
 
+    @torch.no_grad()
+    def keep(self, times: torch.Tensor) -> None:
+        """Take these N descending times for the table's own, to single precision."""
+        for gap, share in zip(self.gaps, (times[:-1] / times[1:]).log(), strict=True):
+            gap.copy_(share.log())
+
     def forward(self, step, t_cur, t_next, bottleneck) -> Intermediate | Directions:
         """The numbers of a step; the times are not used, the bottleneck by a network alone."""
         if self.freedoms == ("r",) and self.points == 1:

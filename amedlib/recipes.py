@@ -29,6 +29,7 @@ _FREE = _TABLE | _END | {"optimizer": "lbfgs", "images": 64, "passes": 8}
 PRESETS = {
     "amed": {"recipe": "paper"},
     "amed-release": {"recipe": "release"},
+    "gits": _TABLE | {"freedoms": ("times",), "objective": "search", "images": 256},
     "ld3": _FREE | {"freedoms": ("times", "network_times")},
     "s4s": _FREE | {"freedoms": ("coefficients",)},
     "s4s-alt": _FREE | {"freedoms": ("times", "coefficients")},
@@ -40,7 +41,7 @@ PRESETS = {
 LOSSES = ("l2", "features", "lpips")
 
 
-OBJECTIVES = ("step", "endpoint")
+OBJECTIVES = ("step", "endpoint", "search")
 
 
 OPTIMIZERS = ("adam", "lbfgs")
@@ -72,7 +73,9 @@ class Training(Method):
         loss: ``"l2"`` (squared), ``"features"`` or ``"lpips"``.
         objective: ``"step"``: the distance to the teacher after every step, each by itself
             (Algorithm 1). ``"endpoint"``: the distance of the final states alone, differentiated
-            through the whole trajectory, as LD3 and S4S train their few scalars.
+            through the whole trajectory, as LD3 and S4S train their few scalars. ``"search"``:
+            nothing is differentiated; the times are those of ``search_schedule`` (GITS), of the
+            ``FINE`` points of the same schedule.
         form, scale_dir, scale_time, uses_bottleneck: see ``Predictor``; the form ``"table"`` is
             ``LearnedTable``, which uses no bottleneck.
         freedoms: what is learned, see ``LearnedTable``. In the form ``"table"`` a table of all of
@@ -135,7 +138,7 @@ class Training(Method):
 
     @classmethod
     def preset(cls, name: str, **fields) -> "Training":
-        """A method by name, one of ``PRESETS``: AMED, LD3, S4S, S4S-Alt, EPD, or all freedoms.
+        """A method by name, one of ``PRESETS``.
 
         Args:
             fields: go before what the preset says.
@@ -152,7 +155,7 @@ class Training(Method):
         defaults = dict(RECIPES[self.recipe])
         defaults["teacher"] = "heun" if self.solver == "amed" else self.solver
         many = not self.make_solver().single_step and self.solver != "euler"
-        if many or self.objective == "endpoint":  # the trajectory is the student's own
+        if many or self.objective != "step":  # the trajectory is the student's own
             defaults["start"] = "student"
         self._set(**{name: v for name, v in defaults.items() if getattr(self, name) is None})
 
@@ -201,15 +204,17 @@ class Training(Method):
         )
         self._check_freedoms_fit(solver)
         whole = {"start": "student", "gradient": "reverse"}
-        for name, value in whole.items() if self.objective == "endpoint" else ():
+        for name, value in whole.items() if self.objective != "step" else ():
             given = getattr(self, name)
-            require(given == value, name, given, f"{value!r} for the objective 'endpoint'")
+            require(given == value, name, given, f"{value!r} for the objective {self.objective!r}")
 
     def _check_freedoms_fit(self, solver):
         """That what is learned goes together with how, and with the solver."""
         free, table = self.freedoms, self.form == "table"
         for name, value, needed in (
-            ("objective", "endpoint", "times" in free or self.passes > 1 or self.whole),
+            ("objective", "endpoint", self.passes > 1 or self.optimizer == "lbfgs"),
+            ("objective", "endpoint", "times" in free and self.objective != "search"),
+            ("objective", "step", self.objective == "search" and (free != ("times",) or not table)),
             ("soft", 0.0, self.passes == 1),
             ("gradient", "reverse", free != ("r",)),
             ("points", 1, not table or "r" not in free),
@@ -257,8 +262,8 @@ class Training(Method):
 
     @property
     def whole(self) -> bool:
-        """Whether an update is made of all trajectories at once."""
-        return self.optimizer == "lbfgs"
+        """Whether all trajectories are taken at once, not batch by batch."""
+        return self.optimizer == "lbfgs" or self.objective == "search"
 
     def times(self, refinement: int = 1) -> torch.Tensor:
         """The student's time points; with ``refinement = m + 1`` the teacher's."""

@@ -22,6 +22,7 @@ from amedlib.freedoms import LearnedTable
 from amedlib.intermediate import Predictor
 from amedlib.recipes import FIRST_TRAINING_SEED, Training
 from amedlib.sampling import Sampler, make_latents
+from amedlib.search import FINE, search_schedule
 from amedlib.trained import (
     below,
     load_predictor,
@@ -134,7 +135,7 @@ class Trainer:
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         parameters = self.predictor.parameters()
-        if self.config.whole:
+        if self.config.optimizer == "lbfgs":
             how = {"max_iter": 10, "history_size": 20, "line_search_fn": "strong_wolfe"}
             return torch.optim.LBFGS(parameters, **how)
         return torch.optim.Adam(parameters, self.config.learning_rate)
@@ -265,6 +266,8 @@ class Trainer:
 
     def _step(self) -> list[tuple[float, float, float]]:
         seeds = self.seeds(len(self.log))
+        if self.config.objective == "search":
+            return self._search(seeds)
         parts = [seeds[i : i + self.part] for i in range(0, len(seeds), self.part)]
         if self.config.soft and len(self.log) >= self.batches_per_pass:
             for part in parts:
@@ -284,6 +287,21 @@ class Trainer:
             rows += self._gradient(parts, losses, len(rows))
             self.optimizer.step()
         return rows
+
+    def _search(self, seeds: range) -> list[tuple[float, float, float]]:
+        config = self.config
+        times, cost = search_schedule(
+            self.denoiser,
+            make_latents(seeds, self.shape, self.device),
+            config.time_points(FINE).to(self.device),
+            config.num_steps,
+            self.solver,
+            config.teacher_solver(),
+            config.afs,
+            self.labels(seeds),
+        )
+        self.predictor.keep(times)
+        return [(cost, math.nan, math.nan)] * (len(times) - 1)
 
     def _gradient(self, parts: list[range], losses: list, step: int = 0) -> list[tuple]:
         """Add up the gradients of the next loss of all parts; what the log says of it."""
@@ -337,7 +355,7 @@ class Trainer:
                 index, key = name.split("/", 1)
                 # A copy is aligned in memory, on which the last bits of a product depend.
                 state["state"].setdefault(int(index), {})[key] = value.clone()
-            nested = _nested_lbfgs if self.config.whole else _nested_adam
+            nested = _nested_lbfgs if self.config.optimizer == "lbfgs" else _nested_adam
             state["state"] = {i: nested(each) for i, each in state["state"].items()}
             begins = {int(k): v.to(self.device) for k, v in below("begins/", tensors).items()}
             log = tensors["log"].tolist()

@@ -369,7 +369,10 @@ def test_a_trained_predictor_survives_the_file(tmp_path):
         ({"form": "mine"}, "form must be one of 'paper', 'release', 'table'"),
         ({"form": "table", "scale_dir": 0.0}, "uses_bottleneck must be False in the form"),
         ({"form": "table", "uses_bottleneck": False}, 'must be zero in the form "table"'),
-        ({"objective": "end"}, "objective must be one of 'step', 'endpoint'; 'end' was given"),
+        (
+            {"objective": "end"},
+            "objective must be one of 'step', 'endpoint', 'search'; 'end' was given",
+        ),
         (
             {"objective": "endpoint", "start": "teacher"},
             "start must be 'student' for the objective",

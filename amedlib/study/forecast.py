@@ -15,6 +15,7 @@ import torch
 
 from amedlib.compute import halved
 from amedlib.datasets.entries import describe
+from amedlib.search import FINE
 from amedlib.study import store
 from amedlib.study.procedures import Context, relative_alignment
 from amedlib.study.run import BLOCKS, Run
@@ -44,6 +45,8 @@ def training_evaluations(training: Training) -> int:
     Those of the student are differentiated: all of them for the objective ``"endpoint"``, else the
     second one of each step.
     """
+    if training.objective == "search":
+        return (FINE - 1) * training.images
     # The seed changes nothing here, and most trainings differ in it alone.
     each = _per_trajectory(json.dumps(asdict(replace(training, seed=0))))
     batch = training.images if training.whole else training.batch

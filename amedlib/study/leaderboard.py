@@ -51,6 +51,7 @@ LEARNED = {
     "AMED-Plugin": METHODS["AMED-Plugin"],
     "AMED-Solver, for the end": _row("AMED-Solver", objective="endpoint"),
     "AMED-Plugin, for the end": _row("AMED-Plugin", objective="endpoint"),
+    "GITS": _free("gits"),
     "LD3, tied times": _free("ld3", freedoms=("times",)),
     "LD3": _free("ld3"),
     "S4S": _free("s4s"),

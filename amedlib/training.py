@@ -277,15 +277,22 @@ class Trainer:
 
             def closure():
                 losses = [self.losses(*self._inputs(part)) for part in parts]
-                found.append(self._gradient(parts, losses))
-                return torch.tensor(found[-1][0][0])
+                rows = self._gradient(parts, losses)
+                if found and not math.isfinite(rows[0][0]):
+                    self.optimizer.zero_grad()  # a line search turns back from a high plain
+                    return torch.tensor(1e3 * max(found)[0][0])
+                self._check_loss(rows)
+                found.append(rows)
+                return torch.tensor(rows[0][0])
 
             self.optimizer.step(closure)
             return min(found)
         losses, rows = [self.losses(*self._inputs(part)) for part in parts], []
         while len(rows) < len(self.times) - 1:
-            rows += self._gradient(parts, losses, len(rows))
+            new = self._gradient(parts, losses)
+            self._check_loss(new, len(rows))
             self.optimizer.step()
+            rows += new
         return rows
 
     def _search(self, seeds: range) -> list[tuple[float, float, float]]:
@@ -303,7 +310,12 @@ class Trainer:
         self.predictor.keep(times)
         return [(cost, math.nan, math.nan)] * (len(times) - 1)
 
-    def _gradient(self, parts: list[range], losses: list, step: int = 0) -> list[tuple]:
+    def _check_loss(self, rows: list[tuple], step: int = 0) -> None:
+        loss = rows[0][0]
+        where = f"the loss of batch {len(self.log)}, step {step},"
+        require(math.isfinite(loss), where, loss, "finite")
+
+    def _gradient(self, parts: list[range], losses: list) -> list[tuple[float, float, float]]:
         """Add up the gradients of the next loss of all parts; what the log says of it."""
         self.optimizer.zero_grad()
         self.gradients += 1
@@ -315,8 +327,6 @@ class Trainer:
             loss.backward()
             total += loss.item()
             locations.append(torch.stack([value.expand(len(part), 1, 1, 1) for value in r]))
-        where = f"the loss of batch {len(self.log)}, step {step},"
-        require(math.isfinite(total), where, total, "finite")
         return [
             (total, r.mean().item(), r.std().item() if number > 1 else 0.0)
             for r in torch.cat(locations, dim=1)

@@ -200,6 +200,31 @@ def test_whole_batches_end_where_no_number_helps():
     assert slope() < 1e-2 * before
 
 
+def test_a_line_search_turns_back_from_where_the_network_fails():
+    """NaN from a fifth of the way on, on which a network that does not fail takes the last time."""
+    config = Training(**WHOLE, freedoms=("network_times",), passes=3, afs=False)
+    free = Trainer(mixture(), config, SHAPE)
+    for _ in range(free.batches):
+        free.step()
+    start, end = config.times()[-2].item(), free.predictor.schedule(config.times())[1][-1].item()
+    wall, failed, net = start**0.8 * end**0.2, [], mixture()
+    other = config.times()[-3].item() / 2  # those above are of other steps
+
+    def fragile(x, t, labels=None):
+        told = t.item()
+        beyond = (told > wall if end > start else told < wall) and told < other
+        failed.append(beyond)
+        return net(x, t) * (torch.nan if beyond else 1.0)
+
+    fragile_end = replace(config, m=1)  # a teacher that does not come there
+    trainer = Trainer(fragile, fragile_end, SHAPE)
+    trainer.end = free.end
+    for _ in range(trainer.batches):
+        trainer.step()
+    found = [rows[0][0] for rows in trainer.log]
+    assert any(failed) and found == sorted(found, reverse=True)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

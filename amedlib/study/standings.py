@@ -1,0 +1,123 @@
+"""What the leaderboard says: the best of each kind, its cost, and what each freedom is worth."""
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from amedlib.files import load_tensors
+from amedlib.study import leaderboard
+from amedlib.study.execute import measure
+from amedlib.study.forecast import training_evaluations
+from amedlib.study.store import RESULTS, predictor_path
+from amedlib.study.uncertainty import estimates
+from amedlib.trained import make_predictor
+
+BEST = "best untrained"
+
+
+def with_metric(planned: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The same plan, measured otherwise."""
+    return planned.assign(run=[run.with_metric(metric) for run in planned["run"]])
+
+
+def best_untrained(dataset: str, nfes, n_samples=None, metric: str = "fd", **how) -> pd.DataFrame:
+    """The untrained sampler that is best at each NFE, chosen on other latents than it is shown on.
+
+    Returns:
+        As ``leaderboard.untrained``, one row per NFE, with ``result``: of ``metric``, while the
+        choice is by FD.
+    """
+    choice = measure(leaderboard.untrained(dataset, nfes, **leaderboard.CHOICE), **how)
+    choice = choice.assign(value=[result.value for result in choice["result"]])
+    best = choice.loc[choice.groupby("nfe")["value"].idxmin(), ["method", "schedule", "afs", "nfe"]]
+    plan = leaderboard.untrained(dataset, nfes, n_samples)
+    return measure(with_metric(best.merge(plan), metric), **how)
+
+
+def label(row) -> str:
+    """An untrained sampler in words: its solver, schedule and whether AFS is on."""
+    schedule = {"logsnr": "logSNR", "time_uniform": "uniform"}.get(row["schedule"], row["schedule"])
+    return f"{row['method']}, {schedule}{', AFS' if row['afs'] else ''}"
+
+
+def standings(
+    dataset: str, nfes, seeds, n_samples=None, metric: str = "fd", names=None, **how
+) -> pd.DataFrame:
+    """The best untrained sampler and the learned ones; columns method, nfe, value, half, who.
+
+    ``who`` says which untrained sampler it is.
+    """
+    best = best_untrained(dataset, nfes, n_samples, metric, **how)
+    best = best.assign(who=best.apply(label, axis=1), method=BEST)
+    names = tuple(leaderboard.LEARNED) if names is None else names
+    plan = leaderboard.learned(dataset, names, nfes, seeds, n_samples)
+    learned = measure(with_metric(plan, metric), **how).assign(who="")
+    return estimates(pd.concat([best, learned], ignore_index=True), by=("method", "nfe", "who"))
+
+
+def training_costs(planned: pd.DataFrame, results_dir=RESULTS) -> pd.DataFrame:
+    """What it costs to train learned samplers; means over seeds, a row per method and NFE.
+
+    Columns: numbers (that are learned), trajectories, gradients (of a batch; as counted in
+    training), evaluations (of the network, teacher's and student's; counted), seconds (on one
+    thread where it was trained), of the predictors that say so.
+    """
+    rows = []
+    for row in planned.to_dict("records"):
+        training = row["run"].training
+        path = predictor_path(row["run"], results_dir or RESULTS)
+        stated = load_tensors(path)[1]
+        learned = make_predictor(training, (4, 4))
+        rows.append(
+            {
+                "method": row["method"],
+                "nfe": row["nfe"],
+                "numbers": sum(p.numel() for p in learned.parameters()),
+                "trajectories": training.images,
+                "evaluations": training_evaluations(training),
+                "seconds": float(stated.get("seconds", "nan")),
+            }
+        )
+    return pd.DataFrame(rows).groupby(["method", "nfe"], sort=False).mean().reset_index()
+
+
+# --- which freedom is worth what ------------------------------------------------------------------
+
+
+def effects(measured: pd.DataFrame, factors) -> pd.DataFrame:
+    """The factor by which each freedom multiplies a distance, averaged over all else that differs.
+
+    Main effects of a linear model of log FD, with the cells of all other factors and NFE as its
+    own constants: within each the cells with and without are compared. 95 % intervals (Student's t)
+    over these comparisons.
+
+    Args:
+        measured: columns of ``factors`` (boolean), nfe, result; several trainings are averaged.
+
+    Returns:
+        Columns factor, nfe, value, low, high, comparisons.
+    """
+    cells = measured.assign(log=[np.log(result.value) for result in measured["result"]])
+    cells = cells.groupby([*factors, "nfe"])["log"].mean().reset_index()
+    rows = []
+    for factor in factors:
+        others = [name for name in factors if name != factor]
+        pairs = cells.pivot(index=[*others, "nfe"], columns=factor, values="log")
+        gains = (pairs[True] - pairs[False]).rename("gain").reset_index()
+        for nfe, some in gains.groupby("nfe")["gain"]:
+            mean, error = some.mean(), some.std(ddof=1) / np.sqrt(len(some))
+            half = stats.t.ppf(0.975, len(some) - 1) * error
+            low, value, high = np.exp([mean - half, mean, mean + half])
+            rows.append([factor, nfe, value, low, high, len(some)])
+    return pd.DataFrame(rows, columns=["factor", "nfe", "value", "low", "high", "comparisons"])
+
+
+def rank_correlation(
+    a, b, resamples: int = 2000, seed: int = 0
+) -> tuple[float, tuple[float, float]]:
+    """Spearman's rank correlation of two measures over samplers, with a 95 % bootstrap interval."""
+    pairs = np.column_stack([a, b])
+    draw = np.random.default_rng(seed).integers(len(pairs), size=(resamples, len(pairs)))
+    found = [stats.spearmanr(*pairs[rows].T).statistic for rows in draw]
+    low, high = np.nanpercentile(found, [2.5, 97.5])
+    return float(stats.spearmanr(a, b).statistic), (float(low), float(high))

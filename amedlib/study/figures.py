@@ -10,6 +10,7 @@ from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 
 from amedlib.study.corruptions import CORRUPTIONS, NOISE
 from amedlib.study.published import ROWS, nfe_name, row_names
+from amedlib.study.standings import WORDS
 from amedlib.study.tables import DISTANCES
 from amedlib.study.uncertainty import estimates
 
@@ -22,6 +23,19 @@ LOOKS = {
     "EDM": ("#8C5A32", "P"),
     "AMED-Solver": ("#CC79A7", "*"),
     "AMED-Plugin": ("#D55E00", "X"),
+    # Of the leaderboard. What is trained otherwise keeps the colour of its method.
+    "best untrained": ("#777777", "o"),
+    "AMED-Solver, for the end": ("#CC79A7", "p"),
+    "AMED-Plugin, for the end": ("#D55E00", "P"),
+    "GITS": ("#8C5A32", "D"),
+    "LD3, tied times": ("#0072B2", "v"),
+    "LD3": ("#0072B2", "^"),
+    "S4S": ("#E69F00", "v"),
+    "S4S-Alt": ("#E69F00", "^"),
+    "EPD, K = 2": ("#56B4E9", "s"),
+    "EPD, K = 3": ("#56B4E9", "h"),
+    "all numbers": ("#009E73", "o"),
+    "all numbers, two evaluations": ("#009E73", "D"),
 }
 
 
@@ -298,4 +312,39 @@ def corruptions_figure(panels: dict[str, pd.DataFrame]) -> Figure:
             ax.set_xlabel(CORRUPTIONS[kind].unit, fontsize=8)
         row[0].set_ylabel(f"{title}\nFD, pure noise = 1")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def effects_figure(worth: pd.DataFrame) -> Figure:
+    """What each freedom multiplies FD by, a panel per NFE; of ``standings.effects``."""
+    figure, axes = _panels(worth["nfe"].nunique(), width=2.6, height=2.2, sharey=True)
+    for (nfe, rows), ax in zip(worth.groupby("nfe"), axes[0], strict=True):
+        places = range(len(rows))[::-1]
+        bars = [rows["value"] - rows["low"], rows["high"] - rows["value"]]
+        ax.errorbar(rows["value"], places, xerr=bars, fmt="o", capsize=3, color="#009E73")
+        ax.axvline(1, color="#888888", linestyle=":")
+        ax.set(title=f"{nfe} NFE", xscale="log", xlabel="FD is multiplied by")
+        ax.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 3, 5, 7)))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.set_yticks(places, [WORDS[name] for name in rows["factor"]])
+    return figure
+
+
+def few_figure(found: pd.DataFrame, unit: str) -> Figure:
+    """FD against the number of trajectories trained on, with the seconds of training.
+
+    Args:
+        found: columns images, value, half, seconds.
+        unit: of the y axis.
+    """
+    figure, axes = _panels(1, width=5.5, height=3)
+    ax = axes[0][0]
+    ax.errorbar(found["images"], found["value"], found["half"], capsize=3, **look("all numbers"))
+    for row in found.itertuples():
+        label = f"{row.seconds:.0f} s"
+        ax.annotate(label, (row.images, row.value), (0, 8), textcoords="offset points")
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.set(xlabel="trajectories", ylabel=unit)
     return figure

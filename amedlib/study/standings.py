@@ -9,10 +9,11 @@ from amedlib.study import leaderboard
 from amedlib.study.execute import measure
 from amedlib.study.forecast import training_evaluations
 from amedlib.study.store import RESULTS, predictor_path
-from amedlib.study.uncertainty import estimates
+from amedlib.study.uncertainty import estimates, with_interval
 from amedlib.trained import make_predictor
 
 BEST = "best untrained"
+AMED = ("AMED-Solver", "AMED-Plugin")
 
 
 def with_metric(planned: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -121,3 +122,58 @@ def rank_correlation(
     found = [stats.spearmanr(*pairs[rows].T).statistic for rows in draw]
     low, high = np.nanpercentile(found, [2.5, 97.5])
     return float(stats.spearmanr(a, b).statistic), (float(low), float(high))
+
+
+def answer(found: pd.DataFrame, nfe: int, limit: float) -> str:
+    """Which sampler is best at one NFE, untrained and trained, in sentences.
+
+    Args:
+        found: of ``standings``.
+        limit: FD of the ODE all but solved.
+    """
+    rows = found[found["nfe"] == nfe].set_index("method")
+    said = {method: with_interval(row["value"], row["half"]) for method, row in rows.iterrows()}
+    first = rows.drop(BEST)["value"].idxmin()
+    behind = [name for name in AMED if rows["value"][name] > rows["value"][BEST]]
+    text = {
+        0: "The best untrained sampler is behind AMED-Solver and AMED-Plugin in its mean.",
+        1: f"The best untrained sampler is better in its mean than {''.join(behind)}.",
+        2: "The best untrained sampler is better in its mean than both rows of the paper.",
+    }
+    return (
+        f"At {nfe} evaluations the best untrained sampler is {rows['who'][BEST]}, with "
+        f"{said[BEST]}; the best learned one is *{first}*, with {said[first]}, where solving the "
+        f"equation exactly gives {limit:.2f}. AMED-Solver has {said['AMED-Solver']}, AMED-Plugin "
+        f"{said['AMED-Plugin']}. {text[len(behind)]}"
+    )
+
+
+WORDS = {
+    "times": "learned times",
+    "network_times": "times told to the network",
+    "coefficients": "learned coefficients",
+    "afs": "AFS",
+}
+
+
+def named(measured: pd.DataFrame) -> list[str]:
+    """Which of ``leaderboard.FACTORS`` are learned, in words, a text per row."""
+    rows = measured[list(leaderboard.FACTORS)].to_dict("records")
+    return [" + ".join(WORDS[k] for k, on in row.items() if on) or "nothing" for row in rows]
+
+
+def worth_in_words(worth: pd.DataFrame) -> str:
+    """What helps most at each NFE, and what does not, in sentences; of ``effects``."""
+    said = []
+    for nfe, rows in worth.groupby("nfe"):
+        rows = rows.set_index("factor")
+        first = rows["value"].idxmin()
+        no_help = [WORDS[name] for name, row in rows.iterrows() if row["high"] >= 1]
+        text = (
+            f"At {nfe} evaluations **{WORDS[first]}** help most: they multiply FD by "
+            f"{rows['value'][first]:.2f} ({rows['low'][first]:.2f} to {rows['high'][first]:.2f})."
+        )
+        if no_help:
+            text += f" No gain can be told for {' and '.join(no_help)}."
+        said.append(text)
+    return " ".join(said)

@@ -63,6 +63,18 @@ LEARNED = {
 }
 
 
+# What one may have or want, with the samplers that are then open to one; all of ``UNTRAINED`` need
+# nothing.
+NEEDS = {
+    "no training": (),
+    "a minute of training": tuple(n for n, row in LEARNED.items() if "freedoms" in row.predictor),
+    "a network on the bottleneck": tuple(n for n in LEARNED if n.startswith("AMED")),
+}
+PARALLEL = tuple(name for name in LEARNED if name.startswith("EPD"))
+NEEDS["a minute of training"] = tuple(n for n in NEEDS["a minute of training"] if n not in PARALLEL)
+NEEDS["evaluations side by side"] = PARALLEL
+
+
 def can_have(row: Row, nfe: int, dataset: str) -> bool:
     """Whether a method can make this number of evaluations."""
     freedoms = row.predictor.get("freedoms", ("r",))
@@ -102,6 +114,7 @@ def learned(
     seeds=SEEDS,
     n_samples: int | None = None,
     schedule: str | None = None,
+    first_seed: int = 0,
     **predictor,
 ) -> pd.DataFrame:
     """The Runs of learned samplers; columns as of ``untrained``, a row per training seed.
@@ -119,7 +132,7 @@ def learned(
         afs = can_have(replace(row, afs=True), nfe, dataset)
         row = replace(row, afs=afs)
         cell = {"method": name, "schedule": row.schedule, "afs": afs, "nfe": nfe}
-        for run in runs_of(dataset, row, nfe, seeds, n_samples, **predictor):
+        for run in runs_of(dataset, row, nfe, seeds, n_samples, first_seed=first_seed, **predictor):
             planned.append(cell | {"run": run})
     return pd.DataFrame(planned)
 

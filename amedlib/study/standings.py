@@ -21,18 +21,46 @@ def with_metric(planned: pd.DataFrame, metric: str) -> pd.DataFrame:
     return planned.assign(run=[run.with_metric(metric) for run in planned["run"]])
 
 
-def best_untrained(dataset: str, nfes, n_samples=None, metric: str = "fd", **how) -> pd.DataFrame:
-    """The untrained sampler that is best at each NFE, chosen on other latents than it is shown on.
+def best(planned: pd.DataFrame, choice: pd.DataFrame, metric: str = "fd", **how) -> pd.DataFrame:
+    """The sampler of a plan that is best at each NFE, chosen on other latents than it is shown on.
+
+    Args:
+        planned: of ``leaderboard.untrained`` or ``learned``.
+        choice: the same on the latents ``leaderboard.CHOICE``.
+        metric: what is shown; the choice is by FD, means over trainings.
 
     Returns:
-        As ``leaderboard.untrained``, one row per NFE, with ``result``: of ``metric``, while the
-        choice is by FD.
+        The rows of the plan for these samplers, with ``result``.
     """
-    choice = measure(leaderboard.untrained(dataset, nfes, **leaderboard.CHOICE), **how)
-    choice = choice.assign(value=[result.value for result in choice["result"]])
-    best = choice.loc[choice.groupby("nfe")["value"].idxmin(), ["method", "schedule", "afs", "nfe"]]
-    plan = leaderboard.untrained(dataset, nfes, n_samples)
-    return measure(with_metric(best.merge(plan), metric), **how)
+    keys = ["method", "schedule", "afs", "nfe"]
+    found = measure(choice, **how)
+    found = found.assign(value=[result.value for result in found["result"]])
+    found = found.groupby(keys, sort=False)["value"].mean().reset_index()
+    first = found.loc[found.groupby("nfe")["value"].idxmin(), keys]
+    return measure(with_metric(first.merge(planned), metric), **how)
+
+
+def best_untrained(dataset: str, nfes, n_samples=None, metric: str = "fd", **how) -> pd.DataFrame:
+    """``best`` of the untrained samplers, a row per NFE."""
+    planned = leaderboard.untrained(dataset, nfes, n_samples)
+    choice = leaderboard.untrained(dataset, nfes, **leaderboard.CHOICE)
+    return best(planned, choice, metric, **how)
+
+
+def recommended(dataset: str, nfes, seeds, n_samples=None, **how) -> pd.DataFrame:
+    """The best sampler for each of ``leaderboard.NEEDS``; columns need, nfe, who, value, half."""
+    found = []
+    for need, names in leaderboard.NEEDS.items():
+        if names:
+            planned = leaderboard.learned(dataset, names, nfes, seeds, n_samples)
+            choice = leaderboard.learned(dataset, names, nfes, seeds, **leaderboard.CHOICE)
+            each = best(planned, choice, **how)
+            each = each.assign(who=each["method"])
+        else:
+            each = best_untrained(dataset, nfes, n_samples, **how)
+            each = each.assign(who=each.apply(label, axis=1))
+        found.append(each.assign(need=need))
+    return estimates(pd.concat(found, ignore_index=True), by=("need", "nfe", "who"))
 
 
 def label(row) -> str:
@@ -48,12 +76,12 @@ def standings(
 
     ``who`` says which untrained sampler it is.
     """
-    best = best_untrained(dataset, nfes, n_samples, metric, **how)
-    best = best.assign(who=best.apply(label, axis=1), method=BEST)
+    first = best_untrained(dataset, nfes, n_samples, metric, **how)
+    first = first.assign(who=first.apply(label, axis=1), method=BEST)
     names = tuple(leaderboard.LEARNED) if names is None else names
     plan = leaderboard.learned(dataset, names, nfes, seeds, n_samples)
     learned = measure(with_metric(plan, metric), **how).assign(who="")
-    return estimates(pd.concat([best, learned], ignore_index=True), by=("method", "nfe", "who"))
+    return estimates(pd.concat([first, learned], ignore_index=True), by=("method", "nfe", "who"))
 
 
 def training_costs(planned: pd.DataFrame, results_dir=RESULTS) -> pd.DataFrame:

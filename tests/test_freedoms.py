@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from toys import TinyNet
@@ -13,6 +15,7 @@ from amedlib.freedoms import FREEDOMS, LearnedTable
 from amedlib.intermediate import Directions, TimeWise
 from amedlib.sampling import make_latents, sample
 from amedlib.solvers import make_solver
+from amedlib.trained import below
 from amedlib.training import Trainer, Training, train
 
 SHAPE = (1, 8, 8)
@@ -334,3 +337,48 @@ def test_a_network_and_a_table_go_together(tmp_path):
 def test_what_does_not_go_together_is_said(changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         replace(Training(**END), **changes)
+
+
+# Written by the released samplers of LD3 and EPD in double precision, for a mixture of Gaussians.
+RELEASED = dict(np.load(Path(__file__).parent / "golden" / "successors.npz"))
+
+
+def released(name: str):
+    """The vectors below a name, with the denoiser and the latents."""
+    found = {k: torch.from_numpy(v) for k, v in RELEASED.items()}
+    denoiser = exact.GaussianMixtureDenoiser(*(found[k] for k in ("means", "stds", "weights")))
+    return denoiser, found["latents"], below(f"{name}/", found)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_learned_times_sample_as_the_released_ld3(order):
+    denoiser, latents, given = released(f"ld3_{order}")
+    config = Training.preset(
+        "ld3", solver="dpmpp", options={"order": order}, num_steps=6, afs=False
+    )
+    table = Trainer(denoiser, config, (1, 4, 4)).predictor.double()
+    table.keep(given["times"])
+    with torch.no_grad():
+        for shift, told, t in zip(
+            table.shifts, given["network_times"], given["times"], strict=False
+        ):
+            shift.copy_((told / t).log())
+    solver = config.make_solver()
+    found = sample(denoiser, latents, config.times(), solver, intermediate=table).x
+    torch.testing.assert_close(found, given["x"], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("afs", [False, True])
+@pytest.mark.parametrize("points", [1, 2, 3])
+def test_parallel_points_sample_as_the_released_epd(points, afs):
+    denoiser, latents, given = released(f"epd_{points}")
+
+    def directions(step, *_):
+        r, told, weights = (tuple(given[k][step]) for k in ("r", "scale_time", "weights"))
+        return Directions(r, told, weights, given["scale_dir"][step])
+
+    times, amed = amedlib.make_schedule(num_steps=5), make_solver("amed")
+    found = sample(denoiser, latents, times, amed, afs, directions)
+    expected = given["afs" if afs else "plain"]
+    torch.testing.assert_close(found.x, expected, rtol=1e-9, atol=1e-9)
+    assert found.parallel_nfe == 8 - afs and found.nfe == 4 * (1 + points) - afs

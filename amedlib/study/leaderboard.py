@@ -54,6 +54,7 @@ LEARNED = {
     "GITS": _free("gits"),
     "LD3, tied times": _free("ld3", freedoms=("times",)),
     "LD3": _free("ld3"),
+    "LD3, soft teacher": _free("ld3", soft=0.5),
     "S4S": _free("s4s"),
     "S4S-Alt": _free("s4s-alt"),
     "EPD, K = 2": _free("epd", "amed"),

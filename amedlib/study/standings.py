@@ -205,3 +205,13 @@ def worth_in_words(worth: pd.DataFrame) -> str:
             text += f" No gain can be told for {' and '.join(no_help)}."
         said.append(text)
     return " ".join(said)
+
+
+def in_numbers(found: pd.DataFrame) -> dict[str, str]:
+    """Of ``recommended``, for the book's prose: name and value by need and NFE."""
+    short = dict(zip(leaderboard.NEEDS, ("untrained", "minute", "network", "parallel"), strict=True))
+    numbers = {}
+    for row in found.itertuples():
+        key = f"which_{short[row.need]}_{row.nfe}"
+        numbers |= {f"{key}_who": row.who, f"{key}_fd": with_interval(row.value, row.half)}
+    return numbers

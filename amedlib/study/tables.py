@@ -201,6 +201,15 @@ def crossed_table(found: pd.DataFrame, rows: list[str], columns: list[str]):
     return frame.fillna("–").style
 
 
+def recommended_table(found: pd.DataFrame):
+    """Which sampler for which need: rows needs, columns NFE; of ``standings.recommended``."""
+    cells = [f"{r.who}<br>{with_interval(r.value, r.half)}" for r in found.itertuples()]
+    frame = found.assign(cell=cells).pivot(index="need", columns="nfe", values="cell")
+    frame = frame.reindex(found["need"].unique())[list(found["nfe"].unique())]
+    frame.index.name = frame.columns.name = None
+    return frame.style
+
+
 def variants_table(frames: dict[str, pd.DataFrame], baselines: list[str]):
     """Variants against baselines: for every frame the value and the paired differences.
 

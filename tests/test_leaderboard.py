@@ -1,0 +1,112 @@
+"""The leaderboard: like is compared with like, and what is said of it follows from the numbers."""
+
+from itertools import product
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from amedlib.study import leaderboard, standings
+from amedlib.study.leaderboard import CHOICE, FACTORS, LEARNED, NEEDS, UNTRAINED
+
+
+def test_every_solver_is_untrained_on_every_schedule_with_afs_and_without():
+    found = leaderboard.untrained(nfes=(4, 5))
+    for name, row in UNTRAINED.items():
+        rows = found[found["method"] == name]
+        two = row.solver in ("heun", "dpm2")
+        assert len(rows) == 3 * 2 * (1 if two else 2)
+        assert not two or (rows["afs"] == (rows["nfe"] % 2 == 1)).all()
+    for row in found.itertuples():
+        run = row.run
+        assert (run.schedule, run.afs, run.nfe) == (row.schedule, row.afs, row.nfe)
+        assert run.predictor is None and run.samples == 5000 and run.first_seed == 0
+
+
+@pytest.mark.parametrize("nfe", [3, 4, 5, 8])
+def test_learned_samplers_have_the_evaluations_that_are_asked_for(nfe):
+    found = leaderboard.learned(nfes=[nfe], seeds=[0])
+    assert set(found["method"]) == set(LEARNED) and set(found["nfe"]) == {nfe}
+    twice = found["run"].map(lambda run: run.num_steps - 1 == (nfe + run.afs) // 2)
+    alone = found["run"].map(lambda run: run.num_steps - 1 == nfe + run.afs)
+    assert (twice | alone).all()
+    assert found["afs"][alone].all()  # a step more where the first costs nothing
+
+
+def test_choice_and_show_share_no_latents():
+    chosen = leaderboard.untrained(nfes=[5], **CHOICE)["run"][0]
+    shown = leaderboard.untrained(nfes=[5])["run"][0]
+    assert shown.first_seed + shown.samples <= chosen.first_seed
+
+
+def test_needs_are_met_by_different_samplers_and_by_all_of_them():
+    names = [name for names in NEEDS.values() for name in names]
+    assert sorted(names) == sorted(LEARNED)
+
+
+def result(value):
+    return SimpleNamespace(value=value)
+
+
+def test_effects_are_the_factors_by_which_a_distance_is_made():
+    rows = []
+    for nfe, *free in product((3, 5), *[(False, True)] * 3):
+        value = 10.0 / nfe * 0.5 ** free[0] * 0.9 ** free[1]
+        for noise in (0.99, 1 / 0.99):  # two trainings
+            cell = dict(zip(FACTORS, free, strict=True))
+            rows.append(cell | {"nfe": nfe, "result": result(value * noise)})
+    found = standings.effects(pd.DataFrame(rows), FACTORS).set_index(["nfe", "factor"])
+    for nfe in (3, 5):
+        np.testing.assert_allclose(found["value"][nfe], [0.5, 0.9, 1.0], rtol=1e-9)
+    assert (found["comparisons"] == 4).all() and np.allclose(found["high"], found["value"])
+
+
+def test_words_name_what_helps_and_what_does_not():
+    worth = pd.DataFrame(
+        [["times", 5, 0.5, 0.4, 0.6, 4], ["afs", 5, 0.9, 0.7, 1.1, 4]],
+        columns=["factor", "nfe", "value", "low", "high", "comparisons"],
+    )
+    said = standings.worth_in_words(worth)
+    assert "**learned times** help most: they multiply FD by 0.50 (0.40 to 0.60)." in said
+    assert said.endswith("No gain can be told for AFS.")
+
+
+def test_rank_correlation_is_that_of_ranks():
+    a = np.arange(20.0)
+    value, (low, high) = standings.rank_correlation(a, np.exp(a))
+    assert np.allclose([value, low, high], 1)
+    value, (low, high) = standings.rank_correlation(a, np.random.default_rng(0).permutation(a))
+    assert low < value < high and low < 0 < high
+
+
+def test_the_best_is_chosen_where_it_is_not_shown(monkeypatch):
+    """In the choice a is better, in the show b: a is shown, with the value of the show."""
+    plan = leaderboard.untrained(nfes=[5])
+    names = ["DDIM", "iPNDM"]
+    plan = plan[plan["method"].isin(names) & plan["afs"] & plan["schedule"].eq("logsnr")]
+    values = {(10_000, "euler"): 1.0, (10_000, "ipndm"): 2.0, (0, "euler"): 4.0, (0, "ipndm"): 3.0}
+
+    def measure(planned):
+        values_of = [values[run.first_seed, run.solver] for run in planned["run"]]
+        return planned.assign(result=[result(value) for value in values_of])
+
+    monkeypatch.setattr(standings, "measure", measure)
+    choice = leaderboard.untrained(nfes=[5], **CHOICE)
+    choice = choice[choice["method"].isin(names) & choice["afs"] & choice["schedule"].eq("logsnr")]
+    found = standings.best(plan, choice)
+    assert found["method"].tolist() == ["DDIM"] and found["result"][0].value == 4.0
+
+
+def test_the_answer_says_what_the_numbers_say():
+    rows = [
+        (standings.BEST, 5, "iPNDM, logSNR, AFS", 2.5, 0.1),
+        ("AMED-Solver", 5, "", 5.2, 0.3),
+        ("AMED-Plugin", 5, "", 2.4, 0.2),
+        ("all numbers", 5, "", 1.3, 0.1),
+    ]
+    found = pd.DataFrame(rows, columns=["method", "nfe", "who", "value", "half"])
+    said = standings.answer(found, 5, 1.22)
+    assert "the best untrained sampler is iPNDM, logSNR, AFS, with 2.5" in said
+    assert "the best learned one is *all numbers*, with 1.3" in said and "gives 1.22." in said
+    assert said.endswith("is better in its mean than AMED-Solver.")

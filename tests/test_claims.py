@@ -339,8 +339,51 @@ def test_one_hypothesis_of_two_claims_counts_once():
     ],
 )
 def test_the_word_for_many(verdicts, word):
-    words = {"+": "holds", "-": "does not hold", "?": "undecided"}
-    assert claims.overall(words[v] for v in verdicts) == word
+    assert claims.overall(WORDS_OF[v] for v in verdicts) == word
+
+
+WORDS_OF = {"+": "holds", "-": "does not hold", "?": "undecided"}
+
+
+@pytest.mark.parametrize(
+    "verdicts, made, word",
+    [
+        ("", 3, "not run"),
+        ("+++", 3, "holds"),
+        ("+++", 4, "partly tested"),
+        ("++?", 3, "undecided"),
+        ("++-", 3, "mixed"),
+        ("-?", 2, "does not hold"),
+    ],
+)
+def test_a_claim_of_every_comparison_holds_if_all_were_run_and_hold(verdicts, made, word):
+    assert claims.overall([WORDS_OF[v] for v in verdicts], made, universal=True) == word
+
+
+def test_no_sentence_of_every_or_any_is_taken_for_less():
+    told = claims.claims().set_index("id")
+    of_all = told["sentence"].str.contains(r"\b(?:every|any|best of all)\b", regex=True)
+    quality = told["kind"] == "quality"
+    assert set(told.index[of_all & quality]) <= set(told.index[told["universal"] == "yes"])
+
+
+@pytest.mark.parametrize(
+    "outcomes, sentence",
+    [
+        ("holds holds undecided holds", ""),
+        ("holds undecided holds holds", "By joint FD the verdict changes to *undecided*."),
+        ("holds holds holds does-not-hold", "The measures disagree."),
+        (
+            "mixed holds holds holds",
+            "By joint FD the verdict changes to *holds*. The measures disagree.",
+        ),
+        ("holds not-run not-run not-run", ""),
+    ],
+)
+def test_where_measures_disagree_is_said(outcomes, sentence):
+    words = [word.replace("-", " ") for word in outcomes.split()]
+    found = claims.disagreement(dict(zip(claims.METRICS, words, strict=True)))
+    assert found == sentence
 
 
 # --- the noise of training ------------------------------------------------------------------------
@@ -351,7 +394,8 @@ NOISE = pd.DataFrame(
 )
 
 
-def test_noise_is_pooled_over_the_same_kind_at_the_nearest_nfe():
+def test_noise_is_pooled_over_the_same_kind_at_the_nearest_nfe(monkeypatch):
+    monkeypatch.setattr(noise, "widening", lambda known: 1.0)
     at = {n: replace(LEARNED, nfe=n) for n in (3, 5, 7, 9)}
     five = (2 * 0.03**2 + 0.04**2) / 3, 3
     for nfe, (variance, free) in {3: five, 5: five, 7: (0.1**2, 2), 9: (0.1**2, 2)}.items():
@@ -389,6 +433,7 @@ def test_noise_is_read_from_the_store(tmp_path):
         save_result(result(what, next(values)), tmp_path)
     measured = [claims.stored(plans.table2(nfes=[5]), tmp_path)] * 2  # two tables with one cell
     (row,) = noise.training_noise(measured).to_dict("records")
+    assert row.pop("values") == [4.0, 5.0, 6.0] and row.pop("what").solver == "amed"
     expected = {"plugin": False, "nfe": 5, "relative_sd": 0.2, "degrees_of_freedom": 2}
     assert row == pytest.approx(expected)
 
@@ -416,6 +461,23 @@ def test_coverage_of_pooled_noise():
     # (2.5 from the mean of the rest), and the third is not either.
     assert noise.coverage([even, wild]) == (3, 6)
     assert noise.coverage([even, training(7, [4.0, 4.1, 3.9])]) == (6, 6)
+
+
+def test_widened_noise_covers_trainings_that_differ_in_their_noise():
+    """Predictors whose spread varies by a factor of ten: what is pooled covers too few."""
+    rng, counts, plain = np.random.default_rng(0), [], []
+    for _ in range(30):
+        rows = []
+        for _ in range(11):
+            values = 4 * (1 + 10 ** rng.uniform(-2, -1) * rng.normal(size=3))
+            spread = np.std(values, ddof=1) / values.mean()
+            rows.append((False, 5, spread, 2, replace(LEARNED, nfe=5), values.tolist()))
+        known = pd.DataFrame(rows, columns=[*NOISE.columns, "what", "values"])
+        others, factor = known.drop(0), noise.widening(known.drop(0))
+        scores = noise._scores(known, 0)
+        counts += [score <= factor for score in scores]
+        plain += [score <= 1 for score in scores]
+    assert np.mean(plain) < 0.95 <= np.mean(counts) and len(others) == 10
 
 
 def test_other_seeds_of_a_training_count_where_they_are_stored(tmp_path):

@@ -34,7 +34,8 @@ def claims() -> pd.DataFrame:
     queries over the columns of the plan, of which ``better_pick`` and ``worse_pick`` keep the
     best or the worst; ``same`` lists expressions over the columns in which both must agree; and
     better - ``factor`` x worse is claimed to be below ``limit``. Without ``worse`` that is a bound,
-    and in a claim of the kind "value" the limit is what the paper prints.
+    and in a claim of the kind "value" the limit is what the paper prints. ``universal``: "yes"
+    where the claim is of every comparison ("every solver", "the best of all").
     """
     frame = pd.read_csv(DATA / "paper" / "claims.csv", dtype={"nfe": str})
     text = frame.select_dtypes(exclude="number").columns
@@ -96,20 +97,29 @@ def verdict(difference: float, p_value: float) -> str:
     return "holds" if difference < 0 else "does not hold"
 
 
-def overall(verdicts) -> str:
+def overall(verdicts, made: int | None = None, universal: bool = False) -> str:
     """One word for many comparisons.
 
     *holds* if more than half of them hold and none fails, *does not hold* if more than half fail
     and none holds, *mixed* if some hold and some fail, *not run* if there are none, else
-    *undecided*.
+    *undecided*. A universal claim holds only if all do, and does not if one fails and none holds;
+    where none fails but some were not run, it is *partly tested*.
+
+    Args:
+        made: how many comparisons the claim makes, run or not; all were run unless given.
     """
     verdicts = list(verdicts)
     holds, fails = verdicts.count("holds"), verdicts.count("does not hold")
+    made = len(verdicts) if made is None else made
     if not verdicts:
         return "not run"
     if holds and fails:
         return "mixed"
-    if 2 * max(holds, fails) > len(verdicts):
+    if universal and fails:
+        return "does not hold"
+    if universal and holds == len(verdicts):
+        return "holds" if made <= holds else "partly tested"
+    if not universal and 2 * max(holds, fails) > len(verdicts):
         return "holds" if holds else "does not hold"
     return "undecided"
 
@@ -266,7 +276,7 @@ def _comparison(claim: dict, better: str, worse: str, nfe, found: Estimate) -> d
 
 # --- the ledger -----------------------------------------------------------------------------------
 
-METRICS = ("fd", "endpoint_error")
+METRICS = ("fd", "fd_joint", "fd_pixels", "endpoint_error")
 
 
 def _source(claim: dict, dataset: str) -> str:
@@ -328,12 +338,13 @@ def _representative(found: pd.DataFrame) -> str:
 def _outcome(claim: dict, found: pd.DataFrame, made: int) -> dict:
     counts = found["verdict"].value_counts()
     shown = not found.empty and claim["kind"] != "setting"
+    how = made, claim["universal"] == "yes"
     return {
-        "verdict": overall(found["verdict"]),
+        "verdict": overall(found["verdict"], *how),
         "holds": counts.get("holds", 0),
         "fails": counts.get("does not hold", 0),
         "undecided": counts.get("undecided", 0),
-        "uncorrected": overall(found["uncorrected"]),
+        "uncorrected": overall(found["uncorrected"], *how),
         "made": made,
         "example": _representative(found) if shown else "",
     }
@@ -344,8 +355,8 @@ def ledger(dataset: str = "digits", results_dir=RESULTS) -> pd.DataFrame:
 
     Returns:
         A row per claim: id, kind, place, sentence, note; source (its table or figure here);
-        ``in_print`` (what the paper's tables say); and for each metric a dict ``fd``,
-        ``endpoint_error``: verdict (``overall``, after Holm), uncorrected, the numbers of
+        ``in_print`` (what the paper's tables say); and for each of ``METRICS`` a dict: verdict
+        (``overall``, after Holm), uncorrected, the numbers of
         comparisons that hold, fail, are undecided and are made in all, run or not, and an example.
         Without a test, or without results, the verdict is "not run".
     """
@@ -389,6 +400,38 @@ def ledger(dataset: str = "digits", results_dir=RESULTS) -> pd.DataFrame:
             row[metric] = _outcome(claim, *tested(claim, row["source"], metric))
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def in_words(found: pd.DataFrame) -> dict[str, str]:
+    """Verdicts by FD with their counts, for the book's prose: by claim.
+
+    Args:
+        found: of ``ledger``.
+    """
+    words = {}
+    for claim, outcome in zip(found["id"], found["fd"], strict=True):
+        counts = [(outcome["holds"], "hold"), (outcome["fails"], "fail")]
+        counts += [(outcome["undecided"], "undecided")]
+        told = ", ".join(f"{n} {word}" for n, word in counts if n)
+        run = sum(n for n, _ in counts)
+        rest = f", {outcome['made'] - run} not run" if run < outcome["made"] else ""
+        words[claim] = outcome["verdict"] + (f" ({told}{rest})" if run else "")
+    return words
+
+
+def disagreement(outcomes: dict[str, str]) -> str:
+    """What the verdicts of one claim by metric say of one another; empty where all agree.
+
+    Only verdicts that decide something can disagree: *undecided* contradicts none.
+    """
+    told = {m: v for m, v in outcomes.items() if v in ("holds", "does not hold", "mixed")}
+    joint = outcomes.get("fd_joint", "not run")
+    said = []
+    if joint not in ("not run", outcomes["fd"]):
+        said.append(f"By joint FD the verdict changes to *{joint}*.")
+    if len(set(told.values())) > 1:
+        said.append("The measures disagree.")
+    return " ".join(said)
 
 
 def to_run(dataset: str) -> pd.DataFrame:

@@ -209,7 +209,9 @@ def worth_in_words(worth: pd.DataFrame) -> str:
 
 def in_numbers(found: pd.DataFrame) -> dict[str, str]:
     """Of ``recommended``, for the book's prose: name and value by need and NFE."""
-    short = dict(zip(leaderboard.NEEDS, ("untrained", "minute", "network", "parallel"), strict=True))
+    short = dict(
+        zip(leaderboard.NEEDS, ("untrained", "minute", "network", "parallel"), strict=True)
+    )
     numbers = {}
     for row in found.itertuples():
         key = f"which_{short[row.need]}_{row.nfe}"

@@ -5,7 +5,7 @@ import pandas as pd
 from IPython.display import Markdown
 
 from amedlib.datasets.files import ASSETS, DATA
-from amedlib.study import corruptions, plans
+from amedlib.study import claims, corruptions, plans
 from amedlib.study.execute import measure
 from amedlib.study.published import ROWS, across_nfe, nfe_name, row_names
 from amedlib.study.uncertainty import against_baseline, estimates, with_interval
@@ -110,6 +110,7 @@ MARKS = {
     "holds": "✓ holds",
     "does not hold": "✗ does not hold",
     "mixed": "~ mixed",
+    "partly tested": "◐ partly tested",
     "undecided": "? undecided",
     "not run": "– not run",
 }
@@ -151,21 +152,30 @@ def verdict_table(judged: pd.DataFrame):
     return _with_caption(frame, text + ".")
 
 
-def ledger_table(claims: pd.DataFrame):
+def ledger_table(ledger: pd.DataFrame):
     """The ledger: a claim per row with its mark here and in the paper, and where the evidence is.
 
     Args:
-        claims: rows of ``claims.ledger``.
+        ledger: rows of ``claims.ledger``.
     """
 
-    def outcome(found):
+    def outcome(row):
+        found = row["fd"]
         run = found["holds"] + found["fails"] + found["undecided"]
         lines = [MARKS[found["verdict"]]]
         if run:
             counts = f"✓ {found['holds']}, ✗ {found['fails']}, ? {found['undecided']}"
             rest = f" of {found['made']}" if run < found["made"] else ""
             lines += [f"<small>{counts}{rest}</small>", f"<small>{found['example']}</small>"]
-        return "<br>".join(lines)
+        words = {metric: row[metric]["verdict"] for metric in claims.METRICS}
+        others = [
+            f"{MARKS[word][0]} {DISTANCES.get(metric, 'endpoint error')}"
+            for metric, word in words.items()
+            if metric != "fd" and word != "not run"
+        ]
+        lines += [f"<small>{', '.join(others)}</small>"] * bool(others)
+        said = claims.disagreement(words).replace("*", "")
+        return "<br>".join(lines + [f"<strong><small>{said}</small></strong>"] * bool(said))
 
     def evidence(source):
         page = DATA.parent / "notebooks" / f"{source}.ipynb"
@@ -175,14 +185,13 @@ def ledger_table(claims: pd.DataFrame):
         {
             "claim": [
                 f"{row.sentence}<br><small>{row.place}. {row.note}</small>"
-                for row in claims.itertuples()
+                for row in ledger.itertuples()
             ],
-            "here": claims["fd"].map(outcome).tolist(),
-            "here, endpoint error": claims["endpoint_error"].map(outcome).tolist(),
-            "in the paper's tables": claims["in_print"].tolist(),
-            "evidence": claims["source"].map(evidence).tolist(),
+            "here": ledger.apply(outcome, axis=1).tolist(),
+            "in the paper's tables": ledger["in_print"].tolist(),
+            "evidence": ledger["source"].map(evidence).tolist(),
         },
-        index=claims["id"].tolist(),
+        index=ledger["id"].tolist(),
     )
     wrapped = {"text-align": "left", "vertical-align": "top", "white-space": "normal"}
     style = frame.style.set_properties(**wrapped)

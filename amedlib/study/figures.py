@@ -9,9 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 
 from amedlib.study.corruptions import CORRUPTIONS, NOISE
-from amedlib.study.published import ROWS, nfe_name, row_names
+from amedlib.study.published import DISTANCES, ROWS, nfe_name, row_names
 from amedlib.study.standings import WORDS
-from amedlib.study.tables import DISTANCES
 from amedlib.study.uncertainty import estimates
 
 LOOKS = {

@@ -88,3 +88,11 @@ def across_nfe(frame: pd.DataFrame, rows: list[str], value: str) -> pd.DataFrame
     )
     found = found.sort_index(axis=1).rename(columns=nfe_name)
     return found.rename_axis([None] * len(rows)).rename_axis(None, axis=1)
+
+
+# What the Frechet distances of the study are called.
+DISTANCES = {
+    "fd": "FD (classifier's features)",
+    "fd_pixels": "FD (pixels)",
+    "fd_joint": "joint FD",
+}

@@ -8,6 +8,7 @@ from amedlib.files import load_tensors
 from amedlib.study import leaderboard
 from amedlib.study.execute import measure
 from amedlib.study.forecast import training_evaluations
+from amedlib.study.published import DISTANCES
 from amedlib.study.store import RESULTS, predictor_path
 from amedlib.study.uncertainty import estimates, with_interval
 from amedlib.trained import make_predictor
@@ -217,3 +218,20 @@ def in_numbers(found: pd.DataFrame) -> dict[str, str]:
         key = f"which_{short[row.need]}_{row.nfe}"
         numbers |= {f"{key}_who": row.who, f"{key}_fd": with_interval(row.value, row.half)}
     return numbers
+
+
+def wide(planned: pd.DataFrame, metrics, **how) -> tuple[pd.DataFrame, list[str]]:
+    """Means over trainings by every metric, for ``interactive.leaderboard_plot``.
+
+    Returns:
+        A frame with columns method, schedule, afs, nfe and a column per metric; and their names.
+    """
+    keys, columns = ["method", "schedule", "afs", "nfe"], {}
+    words = {True: "with AFS", False: "without AFS", "": ""}
+    planned = planned.assign(afs=[words[afs] for afs in planned["afs"]])
+    for metric in metrics:
+        measured = measure(with_metric(planned, metric), **how)
+        measured = measured.assign(value=[result.value for result in measured["result"]])
+        name = DISTANCES.get(metric, "endpoint error")
+        columns[name] = measured.groupby(keys, sort=False)["value"].mean()
+    return pd.DataFrame(columns).reset_index(), list(columns)

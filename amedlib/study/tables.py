@@ -7,7 +7,7 @@ from IPython.display import Markdown
 from amedlib.datasets.files import ASSETS, DATA
 from amedlib.study import claims, corruptions, plans
 from amedlib.study.execute import measure
-from amedlib.study.published import ROWS, across_nfe, nfe_name, row_names
+from amedlib.study.published import DISTANCES, ROWS, across_nfe, nfe_name, row_names
 from amedlib.study.uncertainty import against_baseline, estimates, with_interval
 
 
@@ -274,13 +274,6 @@ def by_training_seed(
             **{("loss", f"step {n}"): loss for n, loss in enumerate(curves["loss"], 1)},
         }
     return pd.DataFrame(rows).T
-
-
-DISTANCES = {
-    "fd": "FD (classifier's features)",
-    "fd_pixels": "FD (pixels)",
-    "fd_joint": "joint FD",
-}
 
 
 def corruptions_table(table: pd.DataFrame):

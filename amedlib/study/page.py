@@ -15,13 +15,14 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from amedlib.checks import require
 from amedlib.datasets.entries import Entry, describe
-from amedlib.study import figures, plans, tables
+from amedlib.study import claims, figures, plans, tables
 from amedlib.study.execute import measure, run
 from amedlib.study.parameters import check
 from amedlib.study.published import ROWS, across_nfe, published, row_names
 from amedlib.study.run import Result, Run
 from amedlib.study.store import load_result
 from amedlib.study.uncertainty import (
+    Estimate,
     against_baseline,
     estimates,
     with_interval,
@@ -101,16 +102,22 @@ def cells_caption(number: int, dataset: str, measured: pd.DataFrame) -> None:
     if first.metric == "endpoint_error":
         what = f"Endpoint error of {first.samples} samples (root mean square distance to the ODE's "
         what += "own solution)"
+    trained = trainings_in_words(measured)
+    one = " With one training its noise is not in the interval." if "1 at" in trained else ""
+    theirs = describe(published(f"table{number}")["dataset"].iloc[0]).title
+    text = (
+        f"Table {number} on {data.title}: {what}, lower is better, with 95 % intervals; best of "
+        f"ours in bold. Trainings of learned steps: {trained or 'none'}.{one}"
+    )
+    fid = f" Beside or below them the paper's FID on {theirs}."
+    caption(text + fid * (first.metric != "endpoint_error"))
+
+
+def trainings_in_words(measured: pd.DataFrame) -> str:
+    """How often learned steps were trained, by NFE; empty where nothing was learned."""
     runs = [result.run for result in measured["result"] if result.run.predictor]
     seeds = {nfe: len({r.predictor["seed"] for r in runs if r.nfe == nfe}) for nfe in measured.nfe}
-    trained = ", ".join(f"{n} at NFE {nfe}" for nfe, n in sorted(seeds.items()) if n)
-    one = " With one training its noise is not in the interval." if 1 in seeds.values() else ""
-    theirs = describe(published(f"table{number}")["dataset"].iloc[0]).title
-    caption(
-        f"Table {number} on {data.title}: {what}, lower is better, with 95 % intervals; best of "
-        f"ours in bold. Trainings of learned steps: {trained or 'none'}.{one} Beside or "
-        f"below them the paper's FID on {theirs}."
-    )
+    return ", ".join(f"{n} at NFE {nfe}" for nfe, n in sorted(seeds.items()) if n)
 
 
 def show_cells(
@@ -160,11 +167,6 @@ def limits(dataset: str, n_samples: int, metric: str = "fd", **how) -> str:
         if "images" in floor.curves:
             n = floor.curves["images"][0]
             return f"{text} Floor, {n:,} real images that are not among those: {floor.value:.3g}."
-        n = floor.curves["images per half"][0]
-        text += (
-            f" Floor, {n} real images against as many others: {floor.value:.3g} (fewer images make "
-            "it larger, so it does not compare with the table)."
-        )
     return text
 
 
@@ -250,3 +252,54 @@ def not_run(number: int, dataset: str, on: str):
         f"run it: `papermill notebooks/table{number}.ipynb out.ipynb --stderr-file - "
         f"-p dataset {on}`"
     )
+
+
+# --- what a page found, in sentences --------------------------------------------------------------
+
+
+def display_found(sentences: str | list[str]) -> None:
+    """Show what a page found, as a list if there are several sentences."""
+    several = not isinstance(sentences, str)
+    display(Markdown("\n".join(f"- {each}" for each in sentences) if several else sentences))
+
+
+def results_of(measured: pd.DataFrame, **cell) -> list[Result]:
+    """The results of one cell, by the values of columns."""
+    rows = measured
+    for name, value in cell.items():
+        rows = rows[rows[name] == value]
+    return rows["result"].tolist()
+
+
+def differences_in_words(found: dict[str, Estimate]) -> list[str]:
+    """Paired differences in sentences: better, worse, or undecided, corrected for their number."""
+    said = []
+    corrected = claims.holm([each.p_value for each in found.values()])
+    words = {"holds": "better", "does not hold": "worse", "undecided": "not to be told apart"}
+    for (what, each), p_value in zip(found.items(), corrected, strict=True):
+        low, high = each.interval
+        word = words[claims.verdict(each.value, p_value)]
+        said.append(f"{what}: **{word}** ({with_interval(each.value, (high - low) / 2)}).")
+    return said
+
+
+def components_in_words(result: Result) -> str:
+    """How many components a trajectory needs; of the metric ``"trajectory_pca"``."""
+    shares = [100 * share for share in result.curves["cumulative_variance"][:3]]
+    one, two, three = (f"{share:.4f} %" for share in shares)
+    return (
+        f"**One component explains {one} of the variance along a trajectory, two {two}, three "
+        f"{three}.** That two explain more than 99 % therefore says nothing of a plane: one does. "
+        "What tells a plane from a line is how small the rest is, on the left."
+    )
+
+
+def search_in_words(curves: dict[str, dict]) -> str:
+    """What the greedy search does to the end of the trajectory; curves of ``"grid_search"``."""
+    ends = {name: (c["baseline"][-1], c["searched"][-1]) for name, c in curves.items()}
+    worse = [f"{name} ({a:.3f} to {b:.3f})" for name, (a, b) in ends.items() if b > a]
+    better = [name for name, (a, b) in ends.items() if b <= a]
+    text = f"Searched step by step, r brings the end nearer for {', '.join(better) or 'no solver'}"
+    if worse:
+        text += f", and takes it **farther away** for {', '.join(worse)}: the search is greedy"
+    return f"{text}."

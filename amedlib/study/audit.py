@@ -252,7 +252,7 @@ def judge_statements(cells: pd.DataFrame, statements: pd.DataFrame) -> pd.DataFr
     Returns:
         met, tie, of: numbers of comparisons; ``count``: the same in words; ``verdict``:
         *supported* where all are met (more than half, if the claim is "mostly"), *contradicted*
-        where none is (not more than half), else *partly*.
+        where none is, else *partly*.
 
     Raises:
         ValueError: a statement compares nothing.
@@ -263,10 +263,8 @@ def judge_statements(cells: pd.DataFrame, statements: pd.DataFrame) -> pd.DataFr
         if made.empty:
             raise ValueError(f"The statement {statement['sentence']!r} compares no cells.")
         met, of = int(made["met"].sum()), len(made)
-        enough, none = (met == of, met == 0)
-        if statement["claim"] == "mostly":
-            enough, none = (2 * met > of, 2 * met <= of)
-        verdict = "supported" if enough else "contradicted" if none else "partly"
+        enough = 2 * met > of if statement["claim"] == "mostly" else met == of
+        verdict = "supported" if enough else "partly" if met else "contradicted"
         tie = int(made["tie"].sum())
         count = f"{met} of {of}" + (f", {tie} tie{'s' * (tie > 1)}" if tie else "")
         rows.append({"met": met, "tie": tie, "of": of, "count": count, "verdict": verdict})

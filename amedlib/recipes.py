@@ -33,7 +33,7 @@ PRESETS = {
     "ld3": _FREE | {"freedoms": ("times", "network_times")},
     "s4s": _FREE | {"freedoms": ("coefficients",)},
     "s4s-alt": _FREE | {"freedoms": ("times", "coefficients")},
-    "epd": _TABLE | {"freedoms": ("r", "scale_dir", "scale_time"), "points": 2},
+    "epd": _FREE | {"freedoms": ("r", "scale_dir", "scale_time"), "points": 2},
     "all": _FREE | {"freedoms": ("times", "network_times", "coefficients")},
 }
 

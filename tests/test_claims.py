@@ -727,9 +727,19 @@ def test_verdict_tables_show_both_verdicts_and_what_is_pooled():
             [(10, (0.3, None, 1, 100)), (9, (0.4, None, 1, 100)), (9, (0.1, 0.3, 1, 100, 2))]
         )
     ]
-    html = tables.verdict_table(claims._decided(rows)).to_html()
-    assert "? undecided (alone ✓)" in html and "†" in html and "Holm" in html
+    html = tables.verdict_table(claims._decided(rows)).data
+    assert "? (alone ✓)" in html and "†" in html and "Holm" in html
     assert html.index("NFE 9<") < html.index("NFE 10<")
+
+
+def test_a_comparison_of_all_nfe_takes_the_whole_row():
+    claim = pair_claim(id="x", sentence="A is better.")
+    found = Estimate(-1, 0.1, None, 1, 100)
+    rows = [claims._comparison(claim, "a", "b", 5, found)]
+    rows.append(claims._comparison(claim, "growth of a", "of b", np.nan, found))
+    html = tables.verdict_table(claims._decided(rows)).data
+    assert html.count("–") == 0 and '<td colspan="1">✓<br>−1.00 ± 0.23</td>' in html
+    assert "A is better. <strong>✓ holds</strong>" in html
 
 
 def test_the_order_of_methods(tmp_path):

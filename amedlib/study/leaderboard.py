@@ -194,7 +194,7 @@ def factorial(dataset: str = "digits", nfes=(3, 5, 7, 9), seeds=SEEDS) -> pd.Dat
 _OF_R = {"sample by sample": {}, "shared": plans.FREE_R}
 
 
-def ways_to_r(dataset: str = "digits", nfes=(3, 5, 7), seeds=SEEDS) -> pd.DataFrame:
+def ways_to_r(dataset: str = "digits", nfes=(5, 7), seeds=SEEDS) -> pd.DataFrame:
     """AMED-Plugin with r by sample or shared, for the step or the end; equal budgets.
 
     Returns:

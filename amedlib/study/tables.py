@@ -2,7 +2,7 @@
 
 import numpy as np
 import pandas as pd
-from IPython.display import Markdown
+from IPython.display import HTML, Markdown
 
 from amedlib.datasets.files import ASSETS, DATA
 from amedlib.study import claims, corruptions, plans
@@ -123,31 +123,28 @@ MARKS = {
 }
 
 
-def _with_caption(frame: pd.DataFrame, text: str):
-    below = "caption-side: bottom; text-align: left; font-style: italic"
-    styles = {"caption": below, "th.row_heading.level1": "min-width: 8em"}
-    styles = [{"selector": name, "props": props} for name, props in styles.items()]
-    return frame.style.set_caption(text).set_table_styles(styles)
-
-
 def verdict_table(judged: pd.DataFrame):
-    """Claims with the difference that tests them: rows comparisons, columns NFE.
+    """Claims with the differences that test them: a claim's word, below it its comparisons by NFE.
 
     Args:
         judged: of ``claims.judge``.
     """
     if judged.empty:
         return Markdown("*No claim of the paper about this table can be tested on this data set.*")
-    cells = []
-    for row in judged.itertuples():
-        alone = "" if row.uncorrected == row.verdict else f" (alone {MARKS[row.uncorrected][0]})"
-        value = with_interval(row.difference, (row.high - row.low) / 2)
-        cells.append(f"{MARKS[row.verdict]}{alone}<br>{value}{' †' * row.pooled}")
-    rows = judged.assign(
-        cell=cells,
-        comparison=judged["better"] + " − " + judged["worse"],
-    )
-    frame = across_nfe(rows, ["sentence", "comparison"], "cell").fillna("–")
+    nfes = sorted(judged["nfe"].dropna().unique())
+    columns = [nfe_name(nfe) for nfe in nfes] or ["all"]
+    rows = ["".join(f"<th>{name}</th>" for name in ["", *columns])]
+    for _, some in judged.groupby("id", sort=False):
+        claim = some.iloc[0]
+        word = claims.overall(some["verdict"], universal=claim["universal"] == "yes")
+        heading = f"{claim['sentence']} <strong>{MARKS[word]}</strong>"
+        rows.append(f'<th colspan="{1 + len(columns)}" class="claim">{heading}</th>')
+        for (better, worse), each in some.groupby(["better", "worse"], sort=False):
+            found = {row.nfe: _compared(row) for row in each.itertuples()}
+            cells = "".join(f"<td>{found.get(nfe, '–')}</td>" for nfe in nfes)
+            if each["nfe"].isna().all():  # of all NFE at once
+                cells = f'<td colspan="{len(columns)}">{_compared(next(each.itertuples()))}</td>'
+            rows.append(f'<th class="row_heading">{better} − {worse}</th>{cells}')
     text = (
         "Paired differences with half widths of their 95 % intervals; negative is what is claimed. "
         "Verdicts are corrected for the number of different comparisons by Holm's method"
@@ -156,7 +153,16 @@ def verdict_table(judged: pd.DataFrame):
         text += '; "alone": by the interval shown'
     if judged["pooled"].any():
         text += ". † Trained once: the noise of training is that of other predictors"
-    return _with_caption(frame, text + ".")
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    below = "caption-side: bottom; text-align: left; font-style: italic"
+    return HTML(f'<table class="verdicts"><caption style="{below}">{text}.</caption>{body}</table>')
+
+
+def _compared(row) -> str:
+    """One comparison: its mark, and the difference with its interval."""
+    alone = "" if row.uncorrected == row.verdict else f" (alone {MARKS[row.uncorrected][0]})"
+    value = with_interval(row.difference, (row.high - row.low) / 2)
+    return f"{MARKS[row.verdict][0]}{alone}<br>{value}{' †' * row.pooled}"
 
 
 def ledger_table(ledger: pd.DataFrame):

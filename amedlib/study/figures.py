@@ -208,7 +208,7 @@ def learned_r_figure(panels: dict[str, dict[int, list[dict]]]) -> Figure:
             bar their range, the band one standard deviation over samples.
     """
     figure, axes = _panels(len(panels), sharey=True)
-    shades = ["#56B4E9", "#0072B2", "#CC79A7", "#D55E00", "#009E73", "#E69F00", "#000000"]
+    shades = ["#56B4E9", "#0072B2", "#CC79A7", "#D55E00", "#009E73", "#E69F00", "#757575"]
     for (title, lines), ax in zip(panels.items(), axes[0], strict=True):
         for (nfe, seeds), colour in zip(lines.items(), cycle(shades), strict=False):
             r = np.array([curves["r"] for curves in seeds])

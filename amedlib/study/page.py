@@ -29,11 +29,16 @@ from amedlib.study.uncertainty import (
 )
 
 
+GREY = "#757575"  # readable on the book's light page and on its dark one
+
+
 def use_style() -> None:
     """Vector output and a quiet style; call it once in a notebook."""
     set_matplotlib_formats("svg")
     plt.rcParams.update(
         {
+            **dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor"], GREY),
+            **dict.fromkeys(["xtick.color", "ytick.color"], GREY),
             "figure.facecolor": "none",
             "axes.facecolor": "none",
             "savefig.facecolor": "none",

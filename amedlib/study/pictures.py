@@ -143,10 +143,10 @@ def steps_in_plane(plane: Plane, curve: torch.Tensor, times, steps: dict[str, St
             label = f"slope at t = {float(e.t):.3g}"
             ax.plot(*ray, color=colour, linestyle=dashes, linewidth=1.2, label=label)
             if e.t <= times[0]:
-                ax.plot(*flat(e.x), "x", color="#222222", markeredgewidth=2)
+                ax.plot(*flat(e.x), "x", color="#757575", markeredgewidth=2)
         ax.plot(*flat(curve[0], step.end), color=colour)
         ax.plot(*flat(step.end), "o", color="#D00000", markersize=8, label="end of the step")
-        ax.plot(*solution[:, -1:], "o", color="#222222", markersize=11, fillstyle="none")
+        ax.plot(*solution[:, -1:], "o", color="#757575", markersize=11, fillstyle="none")
         ax.set_title(f"({letter}) {method}")
         ax.legend(loc="upper left", fontsize=8)
     figure.supxlabel("first principal coordinate (norm of the state)", fontsize=10)
@@ -221,7 +221,7 @@ def _layer(ax, place, layer, then=""):
 
 def _arrows(ax, *places):
     """From box to box."""
-    style = {"arrowstyle": "-|>", "color": INK, "shrinkA": 0, "shrinkB": 0}
+    style = {"arrowstyle": "-|>", "color": "#757575", "shrinkA": 0, "shrinkB": 0}
     for a, b in pairwise(places):
         ax.annotate("", (b[0] - 0.68, b[1]), (a[0] + 0.68, a[1]), arrowprops=style)
 
@@ -309,8 +309,8 @@ def proposition_figure(found: pd.DataFrame, bounds: dict[str, np.ndarray]) -> Fi
         ax.plot(found["t"], values, color=colour, linestyle=dashes, marker="_", label=label)
     for column, label, colour, marker in (
         ("worst", "error with the worst r, mean", "#E69F00", "v"),
-        ("error_max", "error with the best r, largest", "#222222", "^"),
-        ("error", "error with the best r, mean", "#222222", "o"),
+        ("error_max", "error with the best r, largest", "#757575", "^"),
+        ("error", "error with the best r, mean", "#757575", "o"),
         ("perpendicular", "its part across the plane", "#0072B2", "s"),
         ("parallel", "its part along the plane", "#CC79A7", "D"),
     ):

@@ -28,7 +28,6 @@ from amedlib.study.uncertainty import (
     with_interval,
 )
 
-
 GREY = "#757575"  # readable on the book's light page and on its dark one
 
 

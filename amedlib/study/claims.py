@@ -403,19 +403,25 @@ def ledger(dataset: str = "digits", results_dir=RESULTS) -> pd.DataFrame:
 
 
 def in_words(found: pd.DataFrame) -> dict[str, str]:
-    """Verdicts by FD with their counts, for the book's prose: by claim.
+    """Verdicts by FD with their counts, and where other measures disagree, for the book's prose.
 
     Args:
         found: of ``ledger``.
+
+    Returns:
+        Words by claim.
     """
     words = {}
-    for claim, outcome in zip(found["id"], found["fd"], strict=True):
+    for row in found.to_dict("records"):
+        claim, outcome = row["id"], row["fd"]
         counts = [(outcome["holds"], "hold"), (outcome["fails"], "fail")]
         counts += [(outcome["undecided"], "undecided")]
         told = ", ".join(f"{n} {word}" for n, word in counts if n)
         run = sum(n for n, _ in counts)
         rest = f", {outcome['made'] - run} not run" if run < outcome["made"] else ""
+        said = disagreement({metric: row[metric]["verdict"] for metric in METRICS})
         words[claim] = outcome["verdict"] + (f" ({told}{rest})" if run else "")
+        words[claim] += f". {said}".replace("*", "") if said else ""
     return words
 
 

@@ -127,7 +127,8 @@ def trainings_in_words(measured: pd.DataFrame) -> str:
 def show_cells(
     number: int, dataset: str, nfes, seeds, n_samples, metric="fd", figure=False, **how
 ) -> pd.DataFrame:
-    """Measure one of Tables 3 to 13 and show it with its caption, and as a figure if asked.
+    """Measure one of Tables 3 to 13 and show what it says of the paper's claims, the table with its
+    caption, and a figure if asked.
 
     Args:
         number, dataset, nfes, seeds, n_samples, metric: as in ``plans.table``.
@@ -138,6 +139,9 @@ def show_cells(
     """
     measured = measure(plans.table(number, dataset, nfes, seeds, n_samples, metric), **how)
     unit = "endpoint error" if metric != "fd" else describe(dataset).feature_distance_name
+    if metric == "fd":
+        judged = claims.judge(f"table{number}", measured, how["results_dir"])
+        display_found(claims_in_words(judged))
     display(tables.cells_table(number, measured, unit))
     cells_caption(number, dataset, measured)
     if figure:
@@ -285,6 +289,18 @@ def differences_in_words(found: dict[str, Estimate]) -> list[str]:
         word = words[claims.verdict(each.value, p_value)]
         said.append(f"{what}: **{word}** ({with_interval(each.value, (high - low) / 2)}).")
     return said
+
+
+def claims_in_words(judged: pd.DataFrame) -> list[str]:
+    """What measured comparisons say of each claim of the paper; of ``claims.judge``."""
+    said = []
+    for _, some in judged.groupby("id", sort=False):
+        claim, counts = some.iloc[0], some["verdict"].value_counts()
+        word = claims.overall(some["verdict"], universal=claim["universal"] == "yes")
+        told = ", ".join(f"{n} {name}" for name, n in counts.items())
+        sentence = claim["sentence"].rstrip(".")
+        said.append(f"{sentence}: **{word}** ({told}).")
+    return said or ["No claim of the paper can be tested here."]
 
 
 def components_in_words(result: Result) -> str:

@@ -52,13 +52,3 @@ def test_trainings_are_counted_by_nfe():
     planned = plans.table2(names=["AMED-Solver", "iPNDM"], nfes=[3, 5], seeds=[0, 1])
     results = [SimpleNamespace(run=run) for run in planned["run"]]
     assert page.trainings_in_words(planned.assign(result=results)) == "2 at NFE 3, 2 at NFE 5"
-
-
-def test_every_claim_is_told_with_its_counts():
-    rows = [("x", "A wins.", "", "holds"), ("x", "A wins.", "", "undecided")]
-    rows.append(("y", "B wins everywhere.", "yes", "does not hold"))
-    judged = pd.DataFrame(rows, columns=["id", "sentence", "universal", "verdict"])
-    assert page.claims_in_words(judged) == [
-        "A wins: **undecided** (1 holds, 1 undecided).",
-        "B wins everywhere: **does not hold** (1 does not hold).",
-    ]

@@ -15,7 +15,7 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from amedlib.checks import require
 from amedlib.datasets.entries import Entry, describe
-from amedlib.study import claims, figures, plans, tables
+from amedlib.study import claims, figures, plans, tables, verdicts
 from amedlib.study.execute import measure, run
 from amedlib.study.parameters import check
 from amedlib.study.published import ROWS, across_nfe, published, row_names
@@ -141,7 +141,7 @@ def show_cells(
     unit = "endpoint error" if metric != "fd" else describe(dataset).feature_distance_name
     if metric == "fd":
         judged = claims.judge(f"table{number}", measured, how["results_dir"])
-        display_found(claims_in_words(judged))
+        display_found(verdicts.of_a_page(judged))
     display(tables.cells_table(number, measured, unit))
     cells_caption(number, dataset, measured)
     if figure:
@@ -289,18 +289,6 @@ def differences_in_words(found: dict[str, Estimate]) -> list[str]:
         word = words[claims.verdict(each.value, p_value)]
         said.append(f"{what}: **{word}** ({with_interval(each.value, (high - low) / 2)}).")
     return said
-
-
-def claims_in_words(judged: pd.DataFrame) -> list[str]:
-    """What measured comparisons say of each claim of the paper; of ``claims.judge``."""
-    said = []
-    for _, some in judged.groupby("id", sort=False):
-        claim, counts = some.iloc[0], some["verdict"].value_counts()
-        word = claims.overall(some["verdict"], universal=claim["universal"] == "yes")
-        told = ", ".join(f"{n} {name}" for name, n in counts.items())
-        sentence = claim["sentence"].rstrip(".")
-        said.append(f"{sentence}: **{word}** ({told}).")
-    return said or ["No claim of the paper can be tested here."]
 
 
 def components_in_words(result: Result) -> str:

@@ -5,7 +5,7 @@ import pandas as pd
 from IPython.display import HTML, Markdown
 
 from amedlib.datasets.files import ASSETS, DATA
-from amedlib.study import claims, corruptions, plans
+from amedlib.study import claims, corruptions, plans, verdicts
 from amedlib.study.execute import measure
 from amedlib.study.published import DISTANCES, ROWS, across_nfe, nfe_name, row_names
 from amedlib.study.uncertainty import against_baseline, estimates, with_interval
@@ -136,7 +136,7 @@ def verdict_table(judged: pd.DataFrame):
     rows = ["".join(f"<th>{name}</th>" for name in ["", *columns])]
     for _, some in judged.groupby("id", sort=False):
         claim = some.iloc[0]
-        word = claims.overall(some["verdict"], universal=claim["universal"] == "yes")
+        word = claims.overall(some["verdict"], claim["made"], claim["universal"] == "yes")
         heading = f"{claim['sentence']} <strong>{MARKS[word]}</strong>"
         rows.append(f'<th colspan="{1 + len(columns)}" class="claim">{heading}</th>')
         for (better, worse), each in some.groupby(["better", "worse"], sort=False):
@@ -180,14 +180,14 @@ def ledger_table(ledger: pd.DataFrame):
             counts = f"✓ {found['holds']}, ✗ {found['fails']}, ? {found['undecided']}"
             rest = f" of {found['made']}" if run < found["made"] else ""
             lines += [f"<small>{counts}{rest}</small>", f"<small>{found['example']}</small>"]
-        words = {metric: row[metric]["verdict"] for metric in claims.METRICS}
+        words = verdicts.by_measure(row.to_dict())
         others = [
-            f"{MARKS[word][0]} {DISTANCES.get(metric, 'endpoint error')}"
+            f"{MARKS[word][0]} {verdicts.measure_name(metric)}"
             for metric, word in words.items()
-            if metric != "fd" and word != "not run"
+            if metric != claims.FIRST and word != "not run"
         ]
         lines += [f"<small>{', '.join(others)}</small>"] * bool(others)
-        said = claims.disagreement(words).replace("*", "")
+        said = verdicts.disagreement(words)
         return "<br>".join(lines + [f"<strong><small>{said}</small></strong>"] * bool(said))
 
     def evidence(source):

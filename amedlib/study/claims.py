@@ -13,6 +13,7 @@ from amedlib.study import plans
 from amedlib.study.facts import PER_CELL, TESTS
 from amedlib.study.noise import pooled_noise, training_noise
 from amedlib.study.published import paper_values, published
+from amedlib.study.run import Result
 from amedlib.study.sentences import gap, pairs
 from amedlib.study.store import RESULTS, load_result
 from amedlib.study.uncertainty import Estimate, difference, estimate, estimates, with_interval
@@ -151,6 +152,30 @@ def _names(cells: pd.DataFrame) -> list[str]:
     return names
 
 
+def _trainings(results, results_dir) -> list[Result]:
+    """The results of one cell; of what was trained once, those of other stored seeds besides."""
+    found = list({result.run.key: result for result in results if result is not None}.values())
+    if len(found) == 1 and found[0].run.predictor is not None:
+        what = found[0].run
+        seeds = [what.predictor | {"seed": n} for n in plans.SEEDS]
+        more = (load_result(replace(what, predictor=each), results_dir) for each in seeds)
+        found = [result for result in more if result is not None] or found
+    return found
+
+
+def every_training(measured: pd.DataFrame, results_dir=RESULTS) -> pd.DataFrame:
+    """Measured rows, and those of other seeds where a cell was trained once and more are stored.
+
+    So a table shows the numbers that its claims are judged by.
+    """
+    keys, rows = [name for name in measured if name not in ("run", "result")], []
+    for _, group in measured.groupby(keys, sort=False, dropna=False):
+        same = group.iloc[0].to_dict()
+        found = _trainings(group["result"], results_dir)
+        rows += [same | {"run": result.run, "result": result} for result in found]
+    return pd.DataFrame(rows, columns=measured.columns)
+
+
 def _cells(measured: pd.DataFrame, results_dir) -> pd.DataFrame:
     """A row per cell of a table: its columns, name, results over training seeds, mean value.
 
@@ -160,13 +185,7 @@ def _cells(measured: pd.DataFrame, results_dir) -> pd.DataFrame:
     keys = [name for name in measured if name not in ("run", "result", "paper")]
     rows = []
     for key, group in measured.groupby(keys, sort=False, dropna=False):
-        found = (result for result in group["result"] if result is not None)
-        results = list({result.run.key: result for result in found}.values())
-        if len(results) == 1 and results[0].run.predictor is not None:
-            what = results[0].run
-            seeds = [what.predictor | {"seed": n} for n in plans.SEEDS]
-            more = (load_result(replace(what, predictor=each), results_dir) for each in seeds)
-            results = [result for result in more if result is not None] or results
+        results = _trainings(group["result"], results_dir)
         value = np.mean([result.value for result in results]) if results else np.nan
         rows.append(dict(zip(keys, key, strict=True)) | {"results": results, "value": value})
     cells = pd.DataFrame(rows)

@@ -5,6 +5,7 @@ import io
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -107,7 +108,8 @@ def cells_caption(number: int, dataset: str, measured: pd.DataFrame) -> None:
         what = f"Endpoint error of {first.samples} samples (root mean square distance to the ODE's "
         what += "own solution)"
     trained = trainings_in_words(measured)
-    one = " With one training its noise is not in the interval." if "1 at" in trained else ""
+    once = any(1 in some for some in times_trained(measured).values())
+    one = " With one training its noise is not in the interval." * once
     theirs = describe(published(f"table{number}")["dataset"].iloc[0]).title
     text = (
         f"Table {number} on {data.title}: {what}, lower is better, with 95 % intervals; best of "
@@ -117,11 +119,22 @@ def cells_caption(number: int, dataset: str, measured: pd.DataFrame) -> None:
     caption(text + fid * (first.metric != "endpoint_error"))
 
 
+def times_trained(measured: pd.DataFrame) -> dict[int, list[int]]:
+    """How often the learned steps of cells were trained, the numbers that occur, by NFE."""
+    cells: dict[tuple[int, str], set[int]] = {}
+    for what in (result.run for result in measured["result"] if result.run.predictor):
+        same = replace(what, predictor=what.predictor | {"seed": 0})
+        cells.setdefault((what.nfe, same.key), set()).add(what.predictor["seed"])
+    times = {nfe: set() for nfe, _ in sorted(cells)}
+    for (nfe, _), seeds in cells.items():
+        times[nfe].add(len(seeds))
+    return {nfe: sorted(some) for nfe, some in times.items()}
+
+
 def trainings_in_words(measured: pd.DataFrame) -> str:
-    """How often learned steps were trained, by NFE; empty where nothing was learned."""
-    runs = [result.run for result in measured["result"] if result.run.predictor]
-    seeds = {nfe: len({r.predictor["seed"] for r in runs if r.nfe == nfe}) for nfe in measured.nfe}
-    return ", ".join(f"{n} at NFE {nfe}" for nfe, n in sorted(seeds.items()) if n)
+    """``times_trained`` in words; empty where nothing was learned."""
+    times = times_trained(measured).items()
+    return ", ".join(f"{' or '.join(map(str, some))} at NFE {nfe}" for nfe, some in times)
 
 
 def show_cells(
@@ -135,9 +148,10 @@ def show_cells(
         how: of ``begin``.
 
     Returns:
-        What was measured: the plan with its results.
+        What was measured: the plan with its results, and the other stored trainings of its cells.
     """
     measured = measure(plans.table(number, dataset, nfes, seeds, n_samples, metric), **how)
+    measured = claims.every_training(measured, how["results_dir"])
     unit = "endpoint error" if metric != "fd" else describe(dataset).feature_distance_name
     if metric == "fd":
         judged = claims.judge(f"table{number}", measured, how["results_dir"])

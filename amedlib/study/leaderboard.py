@@ -151,9 +151,7 @@ def colour(nfes=(3, 5), seeds=SEEDS) -> pd.DataFrame:
     """
     dataset = "cifar10_small"
     plain = untrained(dataset, nfes, ON_CPU["samples"])
-    plain = plain[
-        plain["afs"] & plain["method"].isin(COLOUR) & (plain["schedule"] != "time_uniform")
-    ]
+    plain = plain[plain["afs"] & plain["method"].isin(COLOUR)]
     tables = ("LD3", "all numbers", "all numbers, two evaluations")
     few = learned(dataset, tables, nfes, seeds, ON_CPU["samples"], **FEW)
     half = pd.concat([plain, few], ignore_index=True)
@@ -166,7 +164,7 @@ def colour(nfes=(3, 5), seeds=SEEDS) -> pd.DataFrame:
     return both.assign(precision=[run.precision for run in both["run"]])
 
 
-COLOUR = ("iPNDM", "DPM-Solver++(3M)", "UniPC-3")
+COLOUR = ("iPNDM", "DPM-Solver++(3M)")
 
 
 # --- which freedom is worth what ------------------------------------------------------------------

@@ -169,7 +169,10 @@ def _box(view: View, first: Frame) -> str:
 
 
 # Markers and dashes of plots, in the words of Plotly and of matplotlib.
-MARKERS = {"circle": "o", "x": "x", "star": "*", "diamond": "D", "square": "s", "triangle-up": "^"}
+MARKERS = {
+    **{"circle": "o", "x": "x", "star": "*", "diamond": "D", "square": "s", "triangle-up": "^"},
+    **{"triangle-down": "v", "cross": "P", "x-thin-open": "X", "pentagon": "p", "hexagon": "h"},
+}
 DASHES = {"solid": "-", "dash": "--", "dot": ":"}
 
 
@@ -178,6 +181,8 @@ def still(view: View, frame: Frame) -> bytes:
     figure = Figure(figsize=(4.6, 4.2), layout="constrained")
     ax = figure.subplots()
     for looks, (x, y) in zip(view.data, frame.lines, strict=True):
+        if not len(x):
+            continue
         line, marker = looks["line"], looks.get("marker", {}).get("symbol")
         how = {"color": line["color"], "linewidth": line["width"], "label": looks["name"] or None}
         if isinstance(looks.get("marker", {}).get("size"), list):

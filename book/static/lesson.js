@@ -23,7 +23,13 @@
     control.type === "range" ? JSON.parse(control.dataset.values)[control.value] : control.value;
 
   function drawPlot(box, view, frame) {
-    const data = view.data.map((style, i) => ({ ...style, x: frame.x[i], y: frame.y[i] }));
+    // A line without points is not in the legend either.
+    const data = view.data.map((style, i) => ({
+      ...style,
+      x: frame.x[i],
+      y: frame.y[i],
+      showlegend: style.showlegend && frame.x[i].length > 0,
+    }));
     const layout = { ...view.layout, datarevision: frame.key };
     ["xaxis", "yaxis"].forEach((axis, i) => {
       layout[axis] = { ...layout[axis], range: frame.ranges[i] };

@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import bokeh
 import nbformat
 from ipykernel.kernelspec import install
 from sphinx_external_toc.parsing import parse_toc_yaml
@@ -26,7 +25,6 @@ BUILD = ROOT / "_build"
 STAGE = BUILD / "stage"
 HTML = BUILD / "html"
 EXECUTED = BUILD / "executed"
-SCRIPTS = ("bokeh.min.js", "bokeh-widgets.min.js")  # as in `amedlib.study.interactive`
 CPUS = os.cpu_count() or 1
 WORKERS = min(2, CPUS)
 
@@ -51,10 +49,6 @@ def stage() -> None:
     shutil.copytree(ROOT / "book", STAGE / "book", ignore=shutil.ignore_patterns("*.py*"))
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy(ROOT / name, STAGE)
-    for name in SCRIPTS:
-        script = Path(bokeh.__file__).parent / "server/static/js" / name
-        (STAGE / "book/static/bokeh").mkdir(exist_ok=True)
-        shutil.copy(script, STAGE / "book/static/bokeh")
     (STAGE / "notebooks").mkdir()
 
 

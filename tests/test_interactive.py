@@ -1,90 +1,51 @@
-"""Plots that a reader operates, in a headless browser: what is chosen is what is drawn."""
+"""The leaderboard to operate, in a headless browser: what is chosen is what is drawn."""
 
-import json
-import re
-import shutil
-import subprocess
 from itertools import product
 
+import browser
 import pandas as pd
-import pytest
-from bokeh.embed import file_html
-from bokeh.resources import INLINE
-from IPython.display import HTML
+from test_lesson import needs_browser, page
 
-from amedlib.study.interactive import SCRIPTS, embedded_plot, leaderboard_plot
+from amedlib.study.interactive import leaderboard_piece
 
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
 FOUND = pd.DataFrame(
     [
         ("iPNDM", schedule, afs, nfe, 10 / nfe, 5 / nfe)
         for schedule, afs, nfe in product(
-            ("polynomial", "logSNR"), ("with AFS", "without AFS"), (3, 5)
+            ("polynomial", "logSNR"), ("without AFS", "with AFS"), (3, 5)
         )
     ]
-    + [("LD3", "", "", nfe, 3 / nfe, 2 / nfe) for nfe in (3, 5)],
+    + [("LD3", "", "", nfe, 3 / nfe, 2 / nfe) for nfe in (3, 5)]
+    + [("GITS", "", "", nfe, 4 / nfe, 3 / nfe) for nfe in (3, 5)],
     columns=["method", "schedule", "afs", "nfe", "FD", "endpoint error"],
 )
-
-# Chooses, waits until it is drawn, and writes what is visible into the page.
-OPERATE = """
-<script>
-window.addEventListener("load", () => setTimeout(() => {
-  const page = Bokeh.documents[0], chosen = %s;
-  for (const [name, value] of Object.entries(chosen)) {
-    const widget = page.get_model_by_name(name);
-    widget[Array.isArray(value) ? "active" : "value"] = value;
-  }
-  setTimeout(() => {
-    const lines = page.roots()[0].select({type: "GlyphRenderer"});
-    const seen = lines.filter(m => m.visible).map(m => [...m.tags, m.glyph.y.field]);
-    document.body.innerHTML = "<pre id=seen>" + JSON.stringify(seen) + "</pre>";
-  }, 500);
-}, 500));
-</script></body>"""
+DRAWN = """(() => {
+  const plot = document.querySelector(".plot");
+  return plot.data.filter((line) => line.x.length).map((line) => [line.name, ...line.y]);
+})()"""
+CHOOSE = """(() => {
+  const list = document.querySelector('select[name="%s"]');
+  list.value = "%s"; list.dispatchEvent(new Event("input"));
+})()"""
 
 
-def operated(tmp_path, chosen: dict) -> list[list[str]]:
-    """What is drawn after widgets were set: method, schedule, AFS and measure of each line."""
-    html = file_html(leaderboard_plot(FOUND, ["FD", "endpoint error"]), INLINE)
-    page = tmp_path / "page.html"
-    before, _, after = html.rpartition("</body>")  # the scripts have this text in them too
-    page.write_text(before + OPERATE % json.dumps(chosen) + after)
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000"]
-    command += ["--dump-dom", page.as_uri()]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    seen = re.search(r'<pre id="seen">(.*?)</pre>', found)
-    assert seen, found[-500:]
-    return [line for i, line in enumerate(json.loads(seen[1])) if i % 2 == 0]  # lines, no points
+@needs_browser
+def test_what_is_chosen_is_drawn(tmp_path):
+    with browser.Browser() as opened:
+        opened.open(page(tmp_path, leaderboard_piece(FOUND, ["FD", "endpoint error"]).data))
+        opened.wait("document.querySelector('.plot').data")
+        assert opened.run(DRAWN) == [["iPNDM", 3.333, 2], ["LD3", 1, 0.6]]
+        opened.run(CHOOSE % ("measure", "endpoint error"))
+        opened.wait("document.querySelector('.plot').data[0].y[0] < 2")
+        assert opened.run(DRAWN) == [["iPNDM", 1.667, 1], ["LD3", 0.6667, 0.4]]
+        opened.run(CHOOSE % ("group", "all learned"))
+        opened.wait("document.querySelector('.plot').data[0].x.length === 0")
+        assert [line[0] for line in opened.run(DRAWN)] == ["LD3", "GITS"]
+        assert not opened.problems
 
 
-@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium to open the page with")
-@pytest.mark.parametrize(
-    "chosen, lines",
-    [
-        ({}, [["iPNDM", "polynomial", "with AFS", "FD"], ["LD3", "", "", "FD"]]),
-        (
-            {"measure": "endpoint error"},
-            [
-                ["iPNDM", "polynomial", "with AFS", "endpoint error"],
-                ["LD3", "", "", "endpoint error"],
-            ],
-        ),
-        (
-            {"schedule": "logSNR", "afs": "without AFS", "learned": []},
-            [["iPNDM", "logSNR", "without AFS", "FD"]],
-        ),
-    ],
-    ids=["first", "measure", "others"],
-)
-def test_what_is_chosen_is_drawn(tmp_path, chosen, lines):
-    assert operated(tmp_path, chosen) == lines
-
-
-def test_a_page_takes_scripts_from_the_book_and_has_a_picture_without_them():
-    html = embedded_plot(leaderboard_plot(FOUND, ["FD"]), HTML('<img alt="FD against NFE">')).data
-    assert re.findall(r'src="([^"]+)"', html) == [f"../_static/bokeh/{name}" for name in SCRIPTS]
-    assert html.endswith('<noscript><img alt="FD against NFE"></noscript>')
-    assert "https://cdn" not in html
+def test_a_choice_of_schedule_and_first_step_is_its_own_frame():
+    html = leaderboard_piece(FOUND, ["FD"]).data
+    for schedule, afs in product(("polynomial", "logSNR"), ("without AFS", "with AFS")):
+        assert f"Untrained samplers on the schedule {schedule}, {afs}." in html
+    assert '<img alt="FD of 2 samplers against the number of evaluations"' in html

@@ -24,6 +24,8 @@ LOOKS = {
     "AMED-Plugin": ("#D55E00", "X"),
     # Of the leaderboard. What is trained otherwise keeps the colour of its method.
     "best untrained": ("#777777", "o"),
+    "AMED-Solver, release": ("#CC79A7", "s"),
+    "AMED-Plugin, release": ("#D55E00", "s"),
     "AMED-Solver, for the end": ("#CC79A7", "p"),
     "AMED-Plugin, for the end": ("#D55E00", "P"),
     "GITS": ("#8C5A32", "D"),

@@ -32,11 +32,10 @@ UNTRAINED = {
 }
 
 
-def _row(base: str, **predictor) -> Row:
+def _row(base: str, schedule: str = "polynomial", **predictor) -> Row:
     """A row of Table 2 that is trained otherwise."""
     found = METHODS[base]
-    fields = {"solver": found.solver, "options": found.options, "afs": True, "learned": True}
-    return Row(**fields, predictor=found.predictor | predictor)
+    return replace(found, schedule=schedule, predictor=found.predictor | predictor)
 
 
 def _free(preset: str, solver: str = "ipndm", **predictor) -> Row:
@@ -49,6 +48,8 @@ _TWICE = {"freedoms": ("times", "network_times", "r", "coefficients")}
 LEARNED = {
     "AMED-Solver": METHODS["AMED-Solver"],
     "AMED-Plugin": METHODS["AMED-Plugin"],
+    "AMED-Solver, release": _row("AMED-Solver", "time_uniform", recipe="release", scale_time=0.0),
+    "AMED-Plugin, release": _row("AMED-Plugin", recipe="release", scale_time=0.2),
     "AMED-Solver, for the end": _row("AMED-Solver", objective="endpoint"),
     "AMED-Plugin, for the end": _row("AMED-Plugin", objective="endpoint"),
     "GITS": _free("gits"),
@@ -150,9 +151,7 @@ def colour(nfes=(3, 5), seeds=SEEDS) -> pd.DataFrame:
     """
     dataset = "cifar10_small"
     plain = untrained(dataset, nfes, ON_CPU["samples"])
-    plain = plain[
-        plain["afs"] & plain["method"].isin(COLOUR) & (plain["schedule"] != "time_uniform")
-    ]
+    plain = plain[plain["afs"] & plain["method"].isin(COLOUR)]
     tables = ("LD3", "all numbers", "all numbers, two evaluations")
     few = learned(dataset, tables, nfes, seeds, ON_CPU["samples"], **FEW)
     half = pd.concat([plain, few], ignore_index=True)
@@ -165,7 +164,7 @@ def colour(nfes=(3, 5), seeds=SEEDS) -> pd.DataFrame:
     return both.assign(precision=[run.precision for run in both["run"]])
 
 
-COLOUR = ("iPNDM", "DPM-Solver++(3M)", "UniPC-3")
+COLOUR = ("iPNDM", "DPM-Solver++(3M)")
 
 
 # --- which freedom is worth what ------------------------------------------------------------------

@@ -1,0 +1,244 @@
+"""The part Learn: pieces that a reader moves, in a browser, and what is computed for them."""
+
+import json
+import re
+from pathlib import Path
+
+import browser
+import numpy as np
+import pytest
+import torch
+
+from amedlib import load_dataset, make_latents, make_solver, sample
+from amedlib.geometry import distance
+from amedlib.intermediate import TimeWise
+from amedlib.study import lesson, pieces
+from amedlib.study.pieces import Control, Frame, View
+
+STATIC = Path(__file__).parents[1] / "book/static"
+GRID = (0.1, 0.3, 0.5, 0.7)
+needs_browser = pytest.mark.skipif(
+    browser.FOUND is None, reason="There is no Chromium on this machine: apt-get install chromium."
+)
+
+
+def toy():
+    """A piece with a slider that moves a plot, and a list that changes an image."""
+    speeds = ["1", "2", "3"]
+    plots = {
+        (each,): Frame(
+            f"speed <{each}>",
+            f"a line of slope {each}",
+            lines=[([1, 10], [1, int(each)])] * 2,
+            ranges=((0, 1), (0, 4)),
+        )
+        for each in speeds
+    }
+    images = {
+        (name,): Frame(name, f"a {name} square", pieces.mosaic(torch.full((1, 1, 8, 8), grey), 1))
+        for name, grey in (("dark", 0.2), ("light", 0.8))
+    }
+    looks = [pieces.style("one", "#0072B2"), pieces.style("", "#888888", "dot", marker="star")]
+    controls = [
+        Control("speed", "Speed", speeds, "2", slides=True, plays=True),
+        Control("shade", "Shade", ["dark", "light"], "dark"),
+    ]
+    layout = pieces.axes("time", "way", log="x")
+    return pieces.piece(controls, [View(["speed"], plots, looks, layout), View(["shade"], images)])
+
+
+def page(folder, body):
+    """A page around a piece, with the book's script and styles, and the colours of its theme."""
+    theme = "html { --pst-color-text-base: rgb(34, 34, 34); background: white; }"
+    theme += (
+        "html[data-theme=dark] { --pst-color-text-base: rgb(206, 214, 221); background: #121212; }"
+    )
+    path = folder / "page.html"
+    path.write_text(
+        '<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f'<link rel="stylesheet" href="{(STATIC / "lesson.css").as_uri()}"><style>{theme}</style>'
+        f'<script defer src="{(STATIC / "lesson.js").as_uri()}"></script><body>{body}</body>'
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with browser.Browser() as found:
+        yield found
+
+
+LINE = "document.querySelector('.plot .scatterlayer .js-line').getAttribute('d')"
+DRAWN = "document.querySelector('.plot .scatterlayer .js-line') !== null"
+SAYS = "[...document.querySelectorAll('.says')].map(each => each.textContent)"
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1280, 400])
+def test_a_slider_moves_the_picture_by_keyboard(chromium, tmp_path, width):
+    chromium.requests.clear()
+    chromium.open(page(tmp_path, toy().data), width)
+    chromium.wait(DRAWN)
+    before = chromium.run(LINE)
+    chromium.press("Tab")
+    assert chromium.run("document.activeElement.name") == "speed"
+    chromium.press("ArrowRight")
+    chromium.wait(f"{LINE} !== {json.dumps(before)}")
+    assert chromium.run(SAYS) == ["speed <3>", "dark"]
+    assert chromium.run("document.querySelector('output').textContent") == "3"
+    assert chromium.run("document.activeElement.getAttribute('aria-valuetext')") == "3"
+    assert chromium.run("document.querySelector('.plot').ariaLabel") == "a line of slope 3"
+    for key in ("Tab", "Tab"):  # past the button
+        chromium.press(key)
+    assert chromium.run("document.activeElement.name") == "shade"
+    chromium.press("ArrowDown")
+    assert chromium.run(SAYS) == ["speed <3>", "light"]
+    assert chromium.run("document.querySelector('img.pixels').alt") == "a light square"
+    # Nothing leaves the book, nothing is wider than the window, no text is too small to read.
+    assert all(url.startswith(("file:", "data:")) for url in chromium.requests)
+    assert not chromium.problems
+    assert chromium.run("document.documentElement.scrollWidth") <= width
+    sizes = "[...document.querySelectorAll('.plot text, .says, label')]"
+    sizes += ".map(each => parseFloat(getComputedStyle(each).fontSize))"
+    assert min(chromium.run(sizes)) >= 9
+
+
+@needs_browser
+def test_a_button_plays_the_slider_to_its_end(chromium, tmp_path):
+    chromium.open(page(tmp_path, toy().data))
+    chromium.wait(DRAWN)
+    chromium.run("document.querySelector('button').click()")
+    chromium.wait("document.querySelector('button').textContent === 'Play'")
+    assert chromium.run(SAYS)[0] == "speed <3>"
+
+
+@needs_browser
+def test_plotly_knows_every_property_of_a_plot(chromium, tmp_path):
+    chromium.open(page(tmp_path, toy().data))
+    chromium.wait(DRAWN)
+    chromium.run(
+        "var {data, layout, frames} = JSON.parse(document.querySelector('.lesson script')"
+        ".textContent).views[0]; data.forEach((line, i) => { line.x = frames['1'].x[i]; "
+        "line.y = frames['1'].y[i]; }); delete layout.legend;"  # which validate falls over
+    )
+    assert chromium.run("Plotly.validate(data, layout)") is None
+    (wrong,) = chromium.run("data[0].line.colour = 'red'; Plotly.validate(data, layout)")
+    assert wrong["path"] == ["line", "colour"]
+
+
+@needs_browser
+def test_text_can_be_read_in_the_dark(chromium, tmp_path):
+    chromium.open(page(tmp_path, toy().data))
+    chromium.wait(DRAWN)
+    colour = "getComputedStyle(document.querySelector('.plot .xtick text')).fill"
+    assert chromium.run(colour) == "rgb(34, 34, 34)"
+    chromium.run("document.documentElement.dataset.theme = 'dark'")
+    assert chromium.run(colour) == "rgb(206, 214, 221)"
+    grounds = "[...document.querySelectorAll('.plot .bg, .plot .main-svg')].map(each => "
+    grounds += "[getComputedStyle(each).backgroundColor, getComputedStyle(each).fillOpacity])"
+    for background, opacity in chromium.run(grounds):
+        assert background == "rgba(0, 0, 0, 0)" and opacity in ("0", "1")
+
+
+@needs_browser
+def test_without_scripts_a_still_picture_is_shown(chromium, tmp_path):
+    chromium.open(page(tmp_path, toy().data), scripts=False)
+    shown = "[...document.querySelectorAll('img')].map(each => [each.naturalWidth, each.width, "
+    shown += "each.height, each.alt])"
+    plot, image = chromium.run(shown)
+    assert min(plot[:3]) > 100 and plot[3] == "a line of slope 2"
+    assert image[0] == 8 and image[1] > 100 and image[3] == "a dark square"
+    assert chromium.run("document.querySelector('.controls').offsetHeight") == 0
+
+
+# --- pieces without a browser -------------------------------------------------------------------
+
+
+def test_a_piece_is_safe_text():
+    frame = Frame("</script><b>", 'a "quoted" <alt>', pieces.mosaic(torch.zeros(1, 1, 8, 8), 1))
+    html = pieces.piece(
+        [Control("a", "<i>", ["<x>"], "<x>")], [View(["a"], {("<x>",): frame})]
+    ).data
+    assert html.count("</script>") == 1 and "<b>" not in html and "<i>" not in html
+    content = json.loads(re.search(r'json">(.*)</script>', html).group(1))
+    assert content["views"][0]["frames"]["<x>"]["says"] == frame.says
+
+
+def test_a_mosaic_has_every_pixel():
+    from base64 import b64decode
+    from io import BytesIO
+
+    from PIL import Image
+
+    images = torch.rand(3, 3, 32, 32, generator=torch.manual_seed(0))
+    found = pieces.mosaic(images, 2)
+    pixels = np.array(Image.open(BytesIO(b64decode(found.split(",")[1]))))
+    assert pixels.shape == (66, 66, 4)
+    wanted = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    for i, (top, left) in enumerate(((0, 0), (0, 34), (34, 0))):
+        assert (pixels[top : top + 32, left : left + 32, :3] == wanted[i]).all()
+        assert (pixels[top : top + 32, left : left + 32, 3] == 255).all()
+    assert (pixels[32:34, :, 3] == 0).all() and (pixels[34:, 34:, 3] == 0).all()
+
+
+def test_a_still_shows_what_the_plot_shows():
+    view = View([], {}, [pieces.style("one", "#0072B2")], pieces.axes("time", "way", log="y"))
+    frame = Frame("", "", lines=[([1, 2], [10, 100])], ranges=((0, 3), (0, 3)))
+    svg = pieces.still(view, frame).decode()
+    assert "#0072b2" in svg.lower() and svg.startswith("<?xml")
+
+
+# --- what is computed ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def solved():
+    return lesson.solve("digits", [3], steps=20)
+
+
+def test_a_trajectory_is_that_of_the_sampler(solved):
+    data = load_dataset("digits")
+    latents = make_latents([3], data.shape)
+    out = sample(data.denoiser, latents, solved.times, make_solver("heun"), trajectory=True)
+    torch.testing.assert_close(solved.states, out.trajectory)
+    for i in (0, 7, 19):
+        with torch.no_grad():
+            expected = data.denoiser(solved.states[i], solved.times[i])
+        torch.testing.assert_close(solved.denoised[i], expected)
+
+
+def test_looks_are_steps_of_the_solvers(solved):
+    """Each from the exact state by the plain loop, which knows nothing of grids of r."""
+    found = lesson.looks(solved, 2, 5, GRID)
+    times, states = solved.times[[8, 12]], solved.states[[8, 12]]
+    latents = states[0] / times[0]
+
+    def errors(solver, intermediate=None):
+        data = solved.data
+        end = sample(data.denoiser, latents, times, make_solver(solver), False, intermediate).x
+        return distance(end, states[1]).item()
+
+    def whole(name):
+        return np.hypot(*found.errors[name].T)
+
+    assert whole("DDIM") == pytest.approx([errors("euler")])
+    assert whole("EDM") == pytest.approx([errors("heun")])
+    assert whole("AMED-Solver") == pytest.approx([errors("amed", TimeWise(r)) for r in GRID])
+    assert whole("DPM-Solver-2")[2] == pytest.approx(errors("dpm2"))
+    # In the plane, distances are those of the coordinates.
+    gaps = np.linalg.norm(found.ends["AMED-Solver"] - found.curve[-1], axis=1)
+    across_the_end = 1e-2  # the solution itself is that near to its plane
+    np.testing.assert_allclose(gaps, found.errors["AMED-Solver"][:, 0], atol=across_the_end)
+
+
+def test_the_piece_of_a_step_has_every_choice(solved):
+    found = {"digits": [lesson.looks(solved, i, 5, GRID) for i in range(5)]}
+    html = lesson.step_piece(found, GRID, 4).data
+    views = json.loads(re.search(r'json">(.*)</script>', html).group(1))["views"]
+    for view in views:
+        assert len(view["frames"]) == len(GRID) * 5
+        for frame in view["frames"].values():
+            assert len(frame["x"]) == len(frame["y"]) == len(view["data"])
+    frame = views[1]["frames"]["0.30|digits|2"]
+    parts = found["digits"][1].errors["AMED-Solver"][1]
+    assert f"{parts[0]:.3g} in the plane, {parts[1]:.3g} across it" in frame["says"]

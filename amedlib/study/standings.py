@@ -5,12 +5,13 @@ import pandas as pd
 from scipy import stats
 
 from amedlib.files import load_tensors
-from amedlib.study import leaderboard
+from amedlib.study import claims, leaderboard
 from amedlib.study.execute import measure
 from amedlib.study.forecast import training_evaluations
 from amedlib.study.published import DISTANCES
+from amedlib.study.run import Result
 from amedlib.study.store import RESULTS, predictor_path
-from amedlib.study.uncertainty import estimates, with_interval
+from amedlib.study.uncertainty import difference, estimates, with_interval
 from amedlib.trained import make_predictor
 
 BEST = "best untrained"
@@ -48,8 +49,8 @@ def best_untrained(dataset: str, nfes, n_samples=None, metric: str = "fd", **how
     return best(planned, choice, metric, **how)
 
 
-def recommended(dataset: str, nfes, seeds, n_samples=None, **how) -> pd.DataFrame:
-    """The best sampler for each of ``leaderboard.NEEDS``; columns need, nfe, who, value, half."""
+def candidates(dataset: str, nfes, seeds, n_samples=None, **how) -> pd.DataFrame:
+    """The best sampler for each of ``leaderboard.NEEDS``; columns need, nfe, who, result."""
     found = []
     for need, names in leaderboard.NEEDS.items():
         if names:
@@ -61,7 +62,36 @@ def recommended(dataset: str, nfes, seeds, n_samples=None, **how) -> pd.DataFram
             each = best_untrained(dataset, nfes, n_samples, **how)
             each = each.assign(who=each.apply(label, axis=1))
         found.append(each.assign(need=need))
-    return estimates(pd.concat(found, ignore_index=True), by=("need", "nfe", "who"))
+    return pd.concat(found, ignore_index=True)
+
+
+def use_it(plugin: list[Result], others: pd.DataFrame) -> str:
+    """Whether to use AMED-Plugin as the paper trains it: against what needs no more than it does.
+
+    Args:
+        plugin: its results, on the latents of the others.
+        others: rows of ``candidates`` at the same NFE; by "no training" and by "a minute of
+            training" it is decided, corrected for these two.
+    """
+    needs = ("no training", "a minute of training")
+    found, names = {}, {}
+    for need in needs:
+        rows = others[others["need"] == need]
+        found[need] = difference(plugin, rows["result"].tolist())
+        names[need] = rows["who"].iloc[0]
+    corrected = claims.holm([each.p_value for each in found.values()])
+    verdicts = [claims.verdict(e.value, p) for e, p in zip(found.values(), corrected, strict=True)]
+    words = {"holds": "better than", "does not hold": "worse than"}
+    said = [
+        f"{words.get(verdict, 'not to be told apart from')} *{names[need]}* ({need})"
+        for need, verdict in zip(needs, verdicts, strict=True)
+    ]
+    if "does not hold" in verdicts:
+        answer = "Not as the paper trains it"
+    else:
+        answer = "Yes" if set(verdicts) == {"holds"} else "It cannot be told"
+    nfe = plugin[0].run.nfe
+    return f"**{answer}.** At {nfe} evaluations AMED-Plugin is {', and '.join(said)}."
 
 
 def label(row) -> str:
@@ -209,7 +239,7 @@ def worth_in_words(worth: pd.DataFrame) -> str:
 
 
 def in_numbers(found: pd.DataFrame) -> dict[str, str]:
-    """Of ``recommended``, for the book's prose: name and value by need and NFE."""
+    """Estimates of ``candidates``, for the book's prose: name and value by need and NFE."""
     short = dict(
         zip(leaderboard.NEEDS, ("untrained", "minute", "network", "parallel"), strict=True)
     )

@@ -225,7 +225,11 @@ def crossed_table(found: pd.DataFrame, rows: list[str], columns: list[str]):
 
 
 def recommended_table(found: pd.DataFrame):
-    """Which sampler for which need: rows needs, columns NFE; of ``standings.recommended``."""
+    """Which sampler for which need: rows needs, columns NFE.
+
+    Args:
+        found: estimates of ``standings.candidates``.
+    """
     cells = [f"{r.who}<br>{with_interval(r.value, r.half)}" for r in found.itertuples()]
     frame = found.assign(cell=cells).pivot(index="need", columns="nfe", values="cell")
     frame = frame.reindex(found["need"].unique())[list(found["nfe"].unique())]

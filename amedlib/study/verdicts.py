@@ -104,6 +104,27 @@ def in_words(ledger: pd.DataFrame) -> dict[str, str]:
     return words
 
 
+# The claims of the first page.
+FRONT = ("single-step", "plugin", "plugin-beyond-afs", "state-of-the-art", "afs-small")
+
+
+def front_page(ledgers: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """The table of the first page: what the paper says, and what ledgers say of it.
+
+    Args:
+        ledgers: heading of a column to what ``claims.ledger`` returns.
+
+    Returns:
+        Columns "the paper says" and the headings, a row per claim of ``FRONT``.
+    """
+    first = next(iter(ledgers.values())).set_index("id")
+    found = {"the paper says": [first.loc[claim, "sentence"] for claim in FRONT]}
+    for heading, ledger in ledgers.items():
+        words = in_words(ledger)
+        found[heading] = [words[claim] for claim in FRONT]
+    return pd.DataFrame(found)
+
+
 def of_a_page(judged: pd.DataFrame) -> list[str]:
     """What the comparisons of one page say of each claim of the paper, a sentence per claim.
 

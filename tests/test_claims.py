@@ -352,7 +352,9 @@ WORDS_OF = {"+": "holds", "-": "does not hold", "?": "undecided"}
         ("+++", 3, "holds"),
         ("+++", 4, "partly tested"),
         ("++?", 3, "undecided"),
+        ("++?", 4, "partly tested"),
         ("++-", 3, "mixed"),
+        ("-?", 4, "does not hold"),
         ("-?", 2, "does not hold"),
     ],
 )
@@ -362,28 +364,10 @@ def test_a_claim_of_every_comparison_holds_if_all_were_run_and_hold(verdicts, ma
 
 def test_no_sentence_of_every_or_any_is_taken_for_less():
     told = claims.claims().set_index("id")
-    of_all = told["sentence"].str.contains(r"\b(?:every|any|best of all)\b", regex=True)
-    quality = told["kind"] == "quality"
-    assert set(told.index[of_all & quality]) <= set(told.index[told["universal"] == "yes"])
-
-
-@pytest.mark.parametrize(
-    "outcomes, sentence",
-    [
-        ("holds holds undecided holds", ""),
-        ("holds undecided holds holds", "By joint FD the verdict changes to *undecided*."),
-        ("holds holds holds does-not-hold", "The measures disagree."),
-        (
-            "mixed holds holds holds",
-            "By joint FD the verdict changes to *holds*. The measures disagree.",
-        ),
-        ("holds not-run not-run not-run", ""),
-    ],
-)
-def test_where_measures_disagree_is_said(outcomes, sentence):
-    words = [word.replace("-", " ") for word in outcomes.split()]
-    found = claims.disagreement(dict(zip(claims.METRICS, words, strict=True)))
-    assert found == sentence
+    words = r"\b(?:every|any|best of all|throughout|stays|the other|others)\b"
+    of_all = told["sentence"].str.contains(words, regex=True) & told["kind"].ne("value")
+    weaker = {"ipndm-strong"}  # "in many cases"
+    assert set(told.index[of_all]) - weaker <= set(told.index[told["universal"] == "yes"])
 
 
 # --- the noise of training ------------------------------------------------------------------------
@@ -500,7 +484,7 @@ def test_the_ledger_of_a_data_set_that_lacks_a_metric_or_a_table(dataset, tmp_pa
     found = claims.ledger(dataset, tmp_path)
     assert len(found) == len(claims.claims())
     of_samples = found[found["kind"].isin(["quality", "value"])]
-    for metric in claims.METRICS:
+    for metric in claims.measures(dataset):
         assert {outcome["verdict"] for outcome in of_samples[metric]} == {"not run"}
 
 
@@ -634,7 +618,8 @@ def test_geometry_of_figures():
     planned = plans.figure5()
     planned = planned[planned["method"].isin(list(curves))]
     cells = cells_of(planned, lambda row: result(row.run, 1.0, curves=curves[row.method]))
-    assert sorted(of("alignment", cells).values()) == [-1, -1, -1, 1]
+    # Of DPM-Solver-2 one step of two ends nearer, of AMED-Solver both: "most" is more than half.
+    assert list(of("alignment", cells).values()) == [0.0, -0.5]
     assert list(of("end_alignment", cells).values()) == [-2.0]
     assert list(of("stable_r", cells).values()) == pytest.approx([0.1 - 0.4])
     assert of("end_alignment", cells[:1]) == {}

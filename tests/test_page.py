@@ -1,11 +1,15 @@
 """Sentences that pages compute say what the numbers say."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 
-from amedlib.study import page, plans, tables
-from amedlib.study.uncertainty import Estimate
+from amedlib.study import claims, page, plans, tables
+from amedlib.study.run import BLOCKS, Result, Run
+from amedlib.study.store import save_result
+from amedlib.study.uncertainty import Estimate, against_baseline
 
 
 def test_differences_are_corrected_for_their_number():
@@ -52,13 +56,45 @@ def test_trainings_are_counted_by_nfe():
     planned = plans.table2(names=["AMED-Solver", "iPNDM"], nfes=[3, 5], seeds=[0, 1])
     results = [SimpleNamespace(run=run) for run in planned["run"]]
     assert page.trainings_in_words(planned.assign(result=results)) == "2 at NFE 3, 2 at NFE 5"
+    both = plans.table(9, nfes=[5], seeds=[0])  # two plugins at one NFE, one trained twice
+    results = [SimpleNamespace(run=run) for run in both[both["amed"]]["run"]]
+    again = replace(results[0].run, predictor=results[0].run.predictor | {"seed": 1})
+    measured = pd.DataFrame({"result": [*results, SimpleNamespace(run=again)]})
+    assert page.trainings_in_words(measured) == "1 or 2 at NFE 5"
 
 
-def test_every_claim_is_told_with_its_counts():
-    rows = [("x", "A wins.", "", "holds"), ("x", "A wins.", "", "undecided")]
-    rows.append(("y", "B wins everywhere.", "yes", "does not hold"))
-    judged = pd.DataFrame(rows, columns=["id", "sentence", "universal", "verdict"])
-    assert page.claims_in_words(judged) == [
-        "A wins: **undecided** (1 holds, 1 undecided).",
-        "B wins everywhere: **does not hold** (1 does not hold).",
-    ]
+def test_marks_are_corrected_for_the_number_of_differences():
+    clear, close = Estimate(-2.0, 0.1, None, 1, 100), Estimate(0.25, 0.1, None, 1, 100)
+    assert tables.marked([close]) == ["✗ 0.25 ± 0.23"]
+    assert tables.marked([close], better="higher") == ["✓ 0.25 ± 0.23"]
+    assert [text[0] for text in tables.marked([clear, close, close, close])] == list("✓???")
+
+
+def test_differences_of_all_headings_are_corrected_together():
+    runs = [Run(solver="euler", samples=100), Run(solver="ipndm", samples=100)]
+    noise = 0.03 * np.random.default_rng(0).normal(size=(2, BLOCKS))
+
+    def frame(gain):
+        values = (1.0 + noise[0], 1.0 + gain + noise[1])
+        each = [
+            SimpleNamespace(run=run, value=v.mean(), replicates=list(v))
+            for run, v in zip(runs, values, strict=True)
+        ]
+        return pd.DataFrame({"variant": ["a", "b"], "result": each})
+
+    found = against_baseline(frame(0.0), "a")["b"]
+    gain = 1.02 * (found.interval[1] - found.value) - found.value  # decided, if it is alone
+    alone = tables.variants_table({"x": frame(gain)}, ["a"]).to_html()
+    three = tables.variants_table({n: frame(gain) for n in "xyz"}, ["a"]).to_html()
+    assert alone.count("✗") == 1 and three.count("✗") == 0 and three.count("? ") == 3
+
+
+def test_a_table_shows_every_stored_training_of_a_cell(tmp_path):
+    planned = plans.table(6, nfes=[4], seeds=[0], n_samples=40)
+    learned = planned[planned["amed"]].iloc[0]["run"]
+    for seed, value in ((0, 4.0), (2, 8.0)):
+        what = replace(learned, predictor=learned.predictor | {"seed": seed})
+        save_result(Result(what, value, [value] * 10, {}, 4, 1.0, "cpu", {}, "", ""), tmp_path)
+    measured = claims.stored(planned[planned["amed"]], tmp_path)
+    cells = tables.cells_table(6, claims.every_training(measured, tmp_path), "FD")
+    assert cells.data["NFE 4", "FD"].item().startswith("6 ")

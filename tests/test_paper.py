@@ -275,7 +275,8 @@ def test_a_table_is_shown_with_its_caption_and_its_figure(tmp_path, monkeypatch)
     how = {"results_dir": tmp_path, "progress": False}
     measured = page.show_cells(*given, figure=True, **how)
     assert [each.value for each in measured["result"]] == [99.0 - i for i in range(len(planned))]
-    table, words, figure = shown
+    found, table, words, figure = shown
+    assert "**" in found.data  # what the table says of the claims comes first
 
     unit = describe("digits").feature_distance_name
     columns = [(nfe, whose) for nfe in ("NFE 4", "NFE 10") for whose in (unit, "paper")]
@@ -290,7 +291,7 @@ def test_a_table_is_shown_with_its_caption_and_its_figure(tmp_path, monkeypatch)
     assert [ax.get_title() for ax in figure.axes] == ["ours", "the paper"]
 
     page.show_cells(*given, **how)
-    assert len(shown) == 5  # no figure
+    assert len(shown) == 7  # no figure
 
 
 def test_estimates_keep_the_order_of_the_plan():

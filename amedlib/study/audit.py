@@ -12,10 +12,10 @@ import pandas as pd
 from amedlib.datasets.entries import describe
 from amedlib.datasets.files import DATA
 from amedlib.study import plans
-from amedlib.study.published import across_nfe, nfe_name, published
+from amedlib.study.published import across_nfe, published
 from amedlib.study.sentences import gap, pairs
 from amedlib.study.store import RESULTS, load_result
-from amedlib.study.uncertainty import difference, with_interval
+from amedlib.study.uncertainty import difference
 
 MULTI_STEP = ("DPM-Solver++(3M)", "UniPC", "iPNDM")
 TWO_EVALUATIONS = ("DPM-Solver-2", "EDM", "AMED-Solver")
@@ -313,13 +313,13 @@ def stored_cells(planned: pd.DataFrame, results_dir=RESULTS) -> pd.DataFrame:
 
 
 def our_gains(measured: pd.DataFrame) -> pd.DataFrame:
-    """``gains`` of measured cells with 95 % half widths of the paired differences.
+    """``gains`` of measured cells with the paired differences that they are.
 
     Args:
         measured: columns dataset, solver, afs, amed, nfe, result; from ``stored_cells``.
 
     Returns:
-        The columns of ``gains``, by_afs_half and by_step_half.
+        The columns of ``gains``, and the two parts as Estimates, by_afs_found and by_step_found.
     """
     keys = [*GAIN, "afs", "amed"]
     groups = {key: rows["result"].tolist() for key, rows in measured.groupby(keys)}
@@ -327,28 +327,11 @@ def our_gains(measured: pd.DataFrame) -> pd.DataFrame:
     found = gains(found.groupby(keys, as_index=False)["value"].mean())
     plain, with_afs, with_both = _KINDS
     for part, before, after in (("by_afs", plain, with_afs), ("by_step", with_afs, with_both)):
-        ends = [
-            difference(groups[(*key, *before)], groups[(*key, *after)]).interval
+        found[f"{part}_found"] = [
+            difference(groups[(*key, *before)], groups[(*key, *after)])
             for key in found[GAIN].itertuples(index=False, name=None)
         ]
-        found[f"{part}_half"] = [(high - low) / 2 for low, high in ends]
     return found
-
-
-def gain_table(found: pd.DataFrame) -> pd.DataFrame:
-    """``gains`` or ``our_gains`` in words: rows data set and solver, columns NFE and part."""
-    columns = {}
-    for nfe, rows in found.groupby("nfe"):
-        rows = rows.set_index(["dataset", "solver"])
-        for part, name in (("by_afs", "AFS"), ("by_step", "learned step")):
-            if f"{part}_half" in rows:
-                words = map(with_interval, rows[part], rows[f"{part}_half"])
-            else:
-                words = rows[part].map(as_printed)
-            columns[nfe_name(nfe), name] = pd.Series(list(words), rows.index)
-    order = pd.MultiIndex.from_frame(found[["dataset", "solver"]].drop_duplicates())
-    frame = pd.DataFrame(columns).reindex(order).rename(index=_title, level=0)
-    return frame.rename_axis([None, None]).fillna("–")
 
 
 def missing(planned: pd.DataFrame, measured: pd.DataFrame) -> str:

@@ -10,9 +10,10 @@ from scipy import stats
 from amedlib.datasets.entries import DATASETS, Entry, describe
 from amedlib.datasets.files import DATA
 from amedlib.study import plans
-from amedlib.study.facts import TESTS
+from amedlib.study.facts import PER_CELL, TESTS
 from amedlib.study.noise import pooled_noise, training_noise
 from amedlib.study.published import paper_values, published
+from amedlib.study.run import Result
 from amedlib.study.sentences import gap, pairs
 from amedlib.study.store import RESULTS, load_result
 from amedlib.study.uncertainty import Estimate, difference, estimate, estimates, with_interval
@@ -117,8 +118,10 @@ def overall(verdicts, made: int | None = None, universal: bool = False) -> str:
         return "mixed"
     if universal and fails:
         return "does not hold"
-    if universal and holds == len(verdicts):
-        return "holds" if made <= holds else "partly tested"
+    if universal and made > len(verdicts):
+        return "partly tested"
+    if universal and holds == made:
+        return "holds"
     if not universal and 2 * max(holds, fails) > len(verdicts):
         return "holds" if holds else "does not hold"
     return "undecided"
@@ -149,6 +152,30 @@ def _names(cells: pd.DataFrame) -> list[str]:
     return names
 
 
+def _trainings(results, results_dir) -> list[Result]:
+    """The results of one cell; of what was trained once, those of other stored seeds besides."""
+    found = list({result.run.key: result for result in results if result is not None}.values())
+    if len(found) == 1 and found[0].run.predictor is not None:
+        what = found[0].run
+        seeds = [what.predictor | {"seed": n} for n in plans.SEEDS]
+        more = (load_result(replace(what, predictor=each), results_dir) for each in seeds)
+        found = [result for result in more if result is not None] or found
+    return found
+
+
+def every_training(measured: pd.DataFrame, results_dir=RESULTS) -> pd.DataFrame:
+    """Measured rows, and those of other seeds where a cell was trained once and more are stored.
+
+    So a table shows the numbers that its claims are judged by.
+    """
+    keys, rows = [name for name in measured if name not in ("run", "result")], []
+    for _, group in measured.groupby(keys, sort=False, dropna=False):
+        same = group.iloc[0].to_dict()
+        found = _trainings(group["result"], results_dir)
+        rows += [same | {"run": result.run, "result": result} for result in found]
+    return pd.DataFrame(rows, columns=measured.columns)
+
+
 def _cells(measured: pd.DataFrame, results_dir) -> pd.DataFrame:
     """A row per cell of a table: its columns, name, results over training seeds, mean value.
 
@@ -158,13 +185,7 @@ def _cells(measured: pd.DataFrame, results_dir) -> pd.DataFrame:
     keys = [name for name in measured if name not in ("run", "result", "paper")]
     rows = []
     for key, group in measured.groupby(keys, sort=False, dropna=False):
-        found = (result for result in group["result"] if result is not None)
-        results = list({result.run.key: result for result in found}.values())
-        if len(results) == 1 and results[0].run.predictor is not None:
-            what = results[0].run
-            seeds = [what.predictor | {"seed": n} for n in plans.SEEDS]
-            more = (load_result(replace(what, predictor=each), results_dir) for each in seeds)
-            results = [result for result in more if result is not None] or results
+        results = _trainings(group["result"], results_dir)
         value = np.mean([result.value for result in results]) if results else np.nan
         rows.append(dict(zip(keys, key, strict=True)) | {"results": results, "value": value})
     cells = pd.DataFrame(rows)
@@ -204,7 +225,8 @@ def judge(source: str, measured: pd.DataFrame, results_dir=RESULTS, noise=None) 
         ``better`` and ``worse`` and one ``nfe``; ``difference`` (claimed to be negative), low, high
         (95 % interval), p_value, ``uncorrected`` (the verdict of that interval alone), p_holm,
         ``verdict`` (corrected for the number of rows by Holm's method), ``pooled`` (whether the
-        noise of training is that of other predictors). Claims about other data are left out, and so
+        noise of training is that of other predictors), ``made`` (how many comparisons the claim
+        makes, run or not). Claims about other data are left out, and so
         are those of the kind "setting", which the ledger tests.
     """
     results = [result for result in measured["result"] if result is not None]
@@ -222,13 +244,26 @@ def judge(source: str, measured: pd.DataFrame, results_dir=RESULTS, noise=None) 
                 and claim["kind"] != "setting"
                 and _is_about(claim, source, first.dataset)
             ):
-                rows += _judged(claim, source, cells, pooled, results_dir)
+                found = _judged(claim, source, cells, pooled, results_dir)
+                made = _made(claim, source, first.dataset, cells, found)
+                rows += [row | {"made": made} for row in found]
     return _decided(rows)
+
+
+def _made(claim: dict, source: str, dataset: str, cells, found) -> int:
+    """How many comparisons a claim makes, run or not: as many as in print, or as its cells give."""
+    if claim["test"] in PER_CELL:
+        return len(cells)
+    if claim["test"]:
+        return len(found)
+    if source in PRINTED:
+        return len(printed(source, claim | {"datasets": _measured_on(source, dataset).paper}))
+    return len(pairs(cells.assign(value=0.0), claim))
 
 
 def _decided(rows: list[dict]) -> pd.DataFrame:
     """Comparisons with their verdicts, corrected for the number of them."""
-    columns = [*claims().columns, "difference", "low", "high", "p_value", "pooled"]
+    columns = [*claims().columns, "difference", "low", "high", "p_value", "pooled", "made"]
     judged = pd.DataFrame(rows, columns=columns)
     # What two claims compare alike is one hypothesis.
     alike = judged.groupby(["better", "worse", "nfe", "p_value"], dropna=False, sort=False)
@@ -276,7 +311,12 @@ def _comparison(claim: dict, better: str, worse: str, nfe, found: Estimate) -> d
 
 # --- the ledger -----------------------------------------------------------------------------------
 
-METRICS = ("fd", "fd_joint", "fd_pixels", "endpoint_error")
+FIRST = "fd"  # the measure that verdicts are by, as the paper's are
+
+
+def measures(dataset: str) -> list[str]:
+    """By what claims are judged on a data set: ``FIRST``, then what else is measured there."""
+    return list(dict.fromkeys([FIRST, *describe(dataset).metrics]))
 
 
 def _source(claim: dict, dataset: str) -> str:
@@ -305,7 +345,7 @@ def _planned(source: str, dataset: str, metric: str) -> pd.DataFrame | None:
     own = {name: name for name in ("table1", "figure4", "figure5", "figure7")}
     own["figure10"] = "figure4"  # the same trajectories
     own["centring"] = "slope_angle"
-    if source in own and metric == METRICS[0]:
+    if source in own and metric == FIRST:
         return getattr(plans, own[source])(dataset)
     return None
 
@@ -355,19 +395,19 @@ def ledger(dataset: str = "digits", results_dir=RESULTS) -> pd.DataFrame:
 
     Returns:
         A row per claim: id, kind, place, sentence, note; source (its table or figure here);
-        ``in_print`` (what the paper's tables say); and for each of ``METRICS`` a dict: verdict
-        (``overall``, after Holm), uncorrected, the numbers of
-        comparisons that hold, fail, are undecided and are made in all, run or not, and an example.
+        ``in_print`` (what the paper's tables say); and for each of ``measures`` a dict:
+        verdict (``overall``, after Holm), uncorrected, the numbers of comparisons that hold, fail,
+        are undecided and are made in all, run or not, and an example.
         Without a test, or without results, the verdict is "not run".
     """
-    tables = {metric: stored_tables(dataset, metric, results_dir) for metric in METRICS}
+    tables = {metric: stored_tables(dataset, metric, results_dir) for metric in measures(dataset)}
     noise = {m: known_noise(dataset, frames, m, results_dir) for m, frames in tables.items()}
     known: dict[tuple, tuple] = {}
 
     def tested(claim, source, metric):
         """The claim's comparisons, and how many it makes in all."""
         of_samples = claim["kind"] in ("quality", "value")
-        meant = _is_about(claim, source, dataset) and (metric == METRICS[0] or of_samples)
+        meant = _is_about(claim, source, dataset) and (metric == FIRST or of_samples)
         if not meant or not _can_run(source, dataset, metric):
             return _decided([]), 0
         if (source, metric) not in known:
@@ -385,59 +425,15 @@ def ledger(dataset: str = "digits", results_dir=RESULTS) -> pd.DataFrame:
         if judged is None:
             return _decided([]), 0
         found = judged[judged["id"] == claim["id"]]
-        if claim["test"]:
-            return found, len(found)
-        if source in PRINTED:
-            return found, len(
-                printed(source, claim | {"datasets": _measured_on(source, dataset).paper})
-            )
-        return found, len(pairs(cells.assign(value=0.0), claim))
+        return found, _made(claim, source, dataset, cells, found)
 
     rows = []
     for claim in claims().to_dict("records"):
         row = claim | {"source": _source(claim, dataset), "in_print": in_print(claim)}
-        for metric in METRICS:
+        for metric in tables:
             row[metric] = _outcome(claim, *tested(claim, row["source"], metric))
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def in_words(found: pd.DataFrame) -> dict[str, str]:
-    """Verdicts by FD with their counts, and where other measures disagree, for the book's prose.
-
-    Args:
-        found: of ``ledger``.
-
-    Returns:
-        Words by claim.
-    """
-    words = {}
-    for row in found.to_dict("records"):
-        claim, outcome = row["id"], row["fd"]
-        counts = [(outcome["holds"], "hold"), (outcome["fails"], "fail")]
-        counts += [(outcome["undecided"], "undecided")]
-        told = ", ".join(f"{n} {word}" for n, word in counts if n)
-        run = sum(n for n, _ in counts)
-        rest = f", {outcome['made'] - run} not run" if run < outcome["made"] else ""
-        said = disagreement({metric: row[metric]["verdict"] for metric in METRICS})
-        words[claim] = outcome["verdict"] + (f" ({told}{rest})" if run else "")
-        words[claim] += f". {said}".replace("*", "") if said else ""
-    return words
-
-
-def disagreement(outcomes: dict[str, str]) -> str:
-    """What the verdicts of one claim by metric say of one another; empty where all agree.
-
-    Only verdicts that decide something can disagree: *undecided* contradicts none.
-    """
-    told = {m: v for m, v in outcomes.items() if v in ("holds", "does not hold", "mixed")}
-    joint = outcomes.get("fd_joint", "not run")
-    said = []
-    if joint not in ("not run", outcomes["fd"]):
-        said.append(f"By joint FD the verdict changes to *{joint}*.")
-    if len(set(told.values())) > 1:
-        said.append("The measures disagree.")
-    return " ".join(said)
 
 
 def to_run(dataset: str) -> pd.DataFrame:

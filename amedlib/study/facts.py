@@ -79,15 +79,14 @@ def _plane_bound(cells, results_dir):
 
 
 def _alignment(cells, results_dir):
-    """The searched r ends every step nearer to the solution than r = 0.5."""
-    return [
-        (f"{row['name']}, step {i}, searched r", "r = 0.5", np.nan, _exact(searched - baseline))
-        for row in _measured(cells)
-        for curves in [row["results"][0].curves]
-        for i, (searched, baseline) in enumerate(
-            zip(curves["searched"], curves["baseline"], strict=True), 1
-        )
-    ]
+    """Of every solver: the searched r ends most steps nearer to the solution than r = 0.5."""
+    found = []
+    for row in _measured(cells):
+        curves = row["results"][0].curves
+        nearer = np.less(curves["searched"], curves["baseline"])
+        share = f"share of {row['name']}'s {len(nearer)} steps that end nearer"
+        found.append(("half", share, np.nan, _exact(0.5 - nearer.mean())))
+    return found
 
 
 def _of_two_stage(cells, statistic):
@@ -251,6 +250,9 @@ def _printed_twice(cells, results_dir):
         for row in audit.repeated_cells(audit.cells()).itertuples()
     ]
 
+
+# Tests that make one comparison of every cell, measured or not.
+PER_CELL = ("counted", "alignment", "plane_variance", "plane_bound")
 
 # Each function takes the cells of its source and the folder of results, and returns comparisons:
 # what is better, what is worse, NFE, and the Estimate of a difference that is claimed to be

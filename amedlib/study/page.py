@@ -5,6 +5,7 @@ import io
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -15,7 +16,7 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from amedlib.checks import require
 from amedlib.datasets.entries import Entry, describe
-from amedlib.study import claims, figures, plans, tables
+from amedlib.study import claims, figures, plans, tables, verdicts
 from amedlib.study.execute import measure, run
 from amedlib.study.parameters import check
 from amedlib.study.published import ROWS, across_nfe, published, row_names
@@ -107,7 +108,8 @@ def cells_caption(number: int, dataset: str, measured: pd.DataFrame) -> None:
         what = f"Endpoint error of {first.samples} samples (root mean square distance to the ODE's "
         what += "own solution)"
     trained = trainings_in_words(measured)
-    one = " With one training its noise is not in the interval." if "1 at" in trained else ""
+    once = any(1 in some for some in times_trained(measured).values())
+    one = " With one training its noise is not in the interval." * once
     theirs = describe(published(f"table{number}")["dataset"].iloc[0]).title
     text = (
         f"Table {number} on {data.title}: {what}, lower is better, with 95 % intervals; best of "
@@ -117,11 +119,22 @@ def cells_caption(number: int, dataset: str, measured: pd.DataFrame) -> None:
     caption(text + fid * (first.metric != "endpoint_error"))
 
 
+def times_trained(measured: pd.DataFrame) -> dict[int, list[int]]:
+    """How often the learned steps of cells were trained, the numbers that occur, by NFE."""
+    cells: dict[tuple[int, str], set[int]] = {}
+    for what in (result.run for result in measured["result"] if result.run.predictor):
+        same = replace(what, predictor=what.predictor | {"seed": 0})
+        cells.setdefault((what.nfe, same.key), set()).add(what.predictor["seed"])
+    times = {nfe: set() for nfe, _ in sorted(cells)}
+    for (nfe, _), seeds in cells.items():
+        times[nfe].add(len(seeds))
+    return {nfe: sorted(some) for nfe, some in times.items()}
+
+
 def trainings_in_words(measured: pd.DataFrame) -> str:
-    """How often learned steps were trained, by NFE; empty where nothing was learned."""
-    runs = [result.run for result in measured["result"] if result.run.predictor]
-    seeds = {nfe: len({r.predictor["seed"] for r in runs if r.nfe == nfe}) for nfe in measured.nfe}
-    return ", ".join(f"{n} at NFE {nfe}" for nfe, n in sorted(seeds.items()) if n)
+    """``times_trained`` in words; empty where nothing was learned."""
+    times = times_trained(measured).items()
+    return ", ".join(f"{' or '.join(map(str, some))} at NFE {nfe}" for nfe, some in times)
 
 
 def show_cells(
@@ -135,13 +148,14 @@ def show_cells(
         how: of ``begin``.
 
     Returns:
-        What was measured: the plan with its results.
+        What was measured: the plan with its results, and the other stored trainings of its cells.
     """
     measured = measure(plans.table(number, dataset, nfes, seeds, n_samples, metric), **how)
+    measured = claims.every_training(measured, how["results_dir"])
     unit = "endpoint error" if metric != "fd" else describe(dataset).feature_distance_name
     if metric == "fd":
         judged = claims.judge(f"table{number}", measured, how["results_dir"])
-        display_found(claims_in_words(judged))
+        display_found(verdicts.of_a_page(judged))
     display(tables.cells_table(number, measured, unit))
     cells_caption(number, dataset, measured)
     if figure:
@@ -289,18 +303,6 @@ def differences_in_words(found: dict[str, Estimate]) -> list[str]:
         word = words[claims.verdict(each.value, p_value)]
         said.append(f"{what}: **{word}** ({with_interval(each.value, (high - low) / 2)}).")
     return said
-
-
-def claims_in_words(judged: pd.DataFrame) -> list[str]:
-    """What measured comparisons say of each claim of the paper; of ``claims.judge``."""
-    said = []
-    for _, some in judged.groupby("id", sort=False):
-        claim, counts = some.iloc[0], some["verdict"].value_counts()
-        word = claims.overall(some["verdict"], universal=claim["universal"] == "yes")
-        told = ", ".join(f"{n} {name}" for name, n in counts.items())
-        sentence = claim["sentence"].rstrip(".")
-        said.append(f"{sentence}: **{word}** ({told}).")
-    return said or ["No claim of the paper can be tested here."]
 
 
 def components_in_words(result: Result) -> str:

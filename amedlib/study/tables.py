@@ -4,11 +4,12 @@ import numpy as np
 import pandas as pd
 from IPython.display import HTML, Markdown
 
+from amedlib.datasets.entries import describe
 from amedlib.datasets.files import ASSETS, DATA
-from amedlib.study import claims, corruptions, plans
+from amedlib.study import audit, claims, corruptions, plans, verdicts
 from amedlib.study.execute import measure
 from amedlib.study.published import DISTANCES, ROWS, across_nfe, nfe_name, row_names
-from amedlib.study.uncertainty import against_baseline, estimates, with_interval
+from amedlib.study.uncertainty import Estimate, against_baseline, estimates, with_interval
 
 
 def comparison_table(ours: pd.DataFrame, paper: pd.DataFrame | None = None, unit="FD"):
@@ -136,7 +137,7 @@ def verdict_table(judged: pd.DataFrame):
     rows = ["".join(f"<th>{name}</th>" for name in ["", *columns])]
     for _, some in judged.groupby("id", sort=False):
         claim = some.iloc[0]
-        word = claims.overall(some["verdict"], universal=claim["universal"] == "yes")
+        word = claims.overall(some["verdict"], claim["made"], claim["universal"] == "yes")
         heading = f"{claim['sentence']} <strong>{MARKS[word]}</strong>"
         rows.append(f'<th colspan="{1 + len(columns)}" class="claim">{heading}</th>')
         for (better, worse), each in some.groupby(["better", "worse"], sort=False):
@@ -180,14 +181,14 @@ def ledger_table(ledger: pd.DataFrame):
             counts = f"✓ {found['holds']}, ✗ {found['fails']}, ? {found['undecided']}"
             rest = f" of {found['made']}" if run < found["made"] else ""
             lines += [f"<small>{counts}{rest}</small>", f"<small>{found['example']}</small>"]
-        words = {metric: row[metric]["verdict"] for metric in claims.METRICS}
+        words = verdicts.by_measure(row.to_dict())
         others = [
-            f"{MARKS[word][0]} {DISTANCES.get(metric, 'endpoint error')}"
+            f"{MARKS[word][0]} {verdicts.measure_name(metric)}"
             for metric, word in words.items()
-            if metric != "fd" and word != "not run"
+            if metric != claims.FIRST and word != "not run"
         ]
         lines += [f"<small>{', '.join(others)}</small>"] * bool(others)
-        said = claims.disagreement(words).replace("*", "")
+        said = verdicts.disagreement(words)
         return "<br>".join(lines + [f"<strong><small>{said}</small></strong>"] * bool(said))
 
     def evidence(source):
@@ -232,25 +233,68 @@ def recommended_table(found: pd.DataFrame):
     return frame.style
 
 
+def marked(found: list[Estimate], better: str = "lower") -> list[str]:
+    """Differences with their 95 % half widths, and a mark each: ✓ better, ✗ worse, ? undecided.
+
+    The marks are corrected for the number of differences by Holm's method, the intervals are not.
+
+    Args:
+        better: "lower" or "higher".
+    """
+    sign = {"lower": 1, "higher": -1}[better]
+    corrected = claims.holm([each.p_value for each in found])
+    said = []
+    for each, p_value in zip(found, corrected, strict=True):
+        low, high = each.interval
+        mark = MARKS[claims.verdict(sign * each.value, p_value)][0]
+        said.append(f"{mark} {with_interval(each.value, (high - low) / 2)}")
+    return said
+
+
+MARKED = (
+    "✓ better, ✗ worse, ? undecided: corrected for the number of differences in the table by "
+    "Holm's method; the intervals are not"
+)
+
+
+def gain_table(found: pd.DataFrame) -> pd.DataFrame:
+    """``audit.gains`` or ``our_gains``, ours ``marked``: rows data set and solver, columns NFE."""
+    parts = {"by_afs": "AFS", "by_step": "learned step"}
+    words = {part: found[part].map(audit.as_printed) for part in parts}
+    if "by_afs_found" in found:
+        both = [each for part in parts for each in found[f"{part}_found"]]
+        said = marked(both, better="higher")
+        words = {"by_afs": said[: len(found)], "by_step": said[len(found) :]}
+    titles = found["dataset"].map(lambda name: describe(name).title)
+    rows = found.assign(dataset=titles, **words)
+    frame = pd.concat(
+        {name: across_nfe(rows, ["dataset", "solver"], part) for part, name in parts.items()},
+        axis=1,
+    )
+    frame = frame.swaplevel(axis=1).fillna("–")
+    return frame[[(nfe, name) for nfe in frame.columns.unique(0) for name in parts.values()]]
+
+
 def variants_table(frames: dict[str, pd.DataFrame], baselines: list[str]):
-    """Variants against baselines: for every frame the value and the paired differences.
+    """Variants against baselines: for every frame the value and the paired differences, ``marked``.
 
     Args:
         frames: heading to frame with columns variant, result; from ``paper.measure``.
         baselines: variants to take differences to.
     """
-    cells = {}
+    cells, differences = {}, {}
     for heading, frame in frames.items():
         values = estimates(frame, by=("variant",)).set_index("variant")
         cells[heading, "value"] = {
             variant: with_interval(row.value, row.half) for variant, row in values.iterrows()
         }
         for baseline in baselines:
-            found = against_baseline(frame, baseline)
-            cells[heading, f"minus {baseline}"] = {
-                variant: with_interval(e.value, (e.interval[1] - e.interval[0]) / 2)
-                for variant, e in found.items()
-            }
+            cells[heading, f"minus {baseline}"] = {}
+            for variant, found in against_baseline(frame, baseline).items():
+                differences[(heading, f"minus {baseline}"), variant] = found
+    said = marked(list(differences.values()))
+    for (column, variant), text in zip(differences, said, strict=True):
+        cells[column][variant] = text
     order = next(iter(frames.values()))["variant"].unique()
     return pd.DataFrame(cells).reindex(order).fillna("–").style
 

@@ -1,0 +1,120 @@
+"""What verdicts say of one another, in words: of one claim by several measures, of many claims."""
+
+import pandas as pd
+
+from amedlib.study.claims import FIRST, overall
+from amedlib.study.published import DISTANCES
+
+DECIDED = ("holds", "does not hold", "mixed")
+
+
+def measure_name(metric: str) -> str:
+    """What a measure is called: one of ``DISTANCES``, or the metric's own name in words."""
+    return DISTANCES.get(metric, metric.replace("_", " "))
+
+
+def by_measure(row: dict) -> dict[str, str]:
+    """The verdicts on one claim, by metric, the first of them ``FIRST``.
+
+    Args:
+        row: of ``claims.ledger``, as a dict.
+    """
+    found = {k: v["verdict"] for k, v in row.items() if isinstance(v, dict) and "verdict" in v}
+    return {FIRST: found[FIRST]} | found
+
+
+def changed(words: dict[str, str]) -> dict[str, str]:
+    """By which other Frechet distances the verdict is another one, and which; by metric.
+
+    Args:
+        words: of ``by_measure``.
+    """
+    return {
+        metric: word
+        for metric, word in words.items()
+        if metric in DISTANCES and word not in ("not run", words[FIRST])
+    }
+
+
+def contradictory(words: dict[str, str]) -> bool:
+    """Whether two measures decide a claim differently: *undecided* contradicts none."""
+    return len({word for word in words.values() if word in DECIDED}) > 1
+
+
+def disagreement(words: dict[str, str]) -> str:
+    """What the verdicts on one claim by several measures say of one another; empty if they agree.
+
+    Args:
+        words: of ``by_measure``.
+    """
+    said = []
+    if others := changed(words):
+        each = ", by ".join(f"{measure_name(metric)} to {word}" for metric, word in others.items())
+        said.append(f"The verdict changes by {each}.")
+    if contradictory(words):
+        told = {}
+        for metric, word in words.items():
+            if word in DECIDED:
+                told.setdefault(word, []).append(measure_name(metric))
+        each = "; ".join(f"{word} by {' and '.join(names)}" for word, names in told.items())
+        said.append(f"The measures disagree: {each}.")
+    return " ".join(said)
+
+
+def how_often_they_disagree(ledger: pd.DataFrame) -> str:
+    """In how many claims another distance changes the verdict, and measures contradict each other.
+
+    Args:
+        ledger: of ``claims.ledger``.
+    """
+    words = [by_measure(row) for row in ledger.to_dict("records")]
+    several = [some for some in words if sum(word != "not run" for word in some.values()) > 1]
+    if not several:
+        return "No claim was tested by more than one measure."
+    other, against = sum(map(bool, map(changed, several))), sum(map(contradictory, several))
+    return (
+        f"{len(several)} claims were tested by more than one measure. In {other} of them another "
+        f"distance changes the verdict; in {against} the measures contradict each other."
+    )
+
+
+def _counted(holds: int, fails: int, undecided: int, made: int) -> str:
+    counts = [(holds, "hold"), (fails, "fail"), (undecided, "undecided")]
+    counts.append((made - holds - fails - undecided, "not run"))
+    return ", ".join(f"{n} {word}" for n, word in counts if n > 0)
+
+
+def in_words(ledger: pd.DataFrame) -> dict[str, str]:
+    """Verdicts with their counts, and where other measures disagree, for the book's prose.
+
+    Args:
+        ledger: of ``claims.ledger``.
+
+    Returns:
+        Words by claim.
+    """
+    words = {}
+    for row in ledger.to_dict("records"):
+        found = row[FIRST]
+        counts = _counted(*(found[name] for name in ("holds", "fails", "undecided", "made")))
+        run = found["holds"] + found["fails"] + found["undecided"]
+        text = found["verdict"] + (f" ({counts})" if run else "")
+        said = disagreement(by_measure(row))
+        words[row["id"]] = f"{text}. {said}" if said else text
+    return words
+
+
+def of_a_page(judged: pd.DataFrame) -> list[str]:
+    """What the comparisons of one page say of each claim of the paper, a sentence per claim.
+
+    Args:
+        judged: of ``claims.judge``.
+    """
+    said = []
+    for _, some in judged.groupby("id", sort=False):
+        claim, verdicts = some.iloc[0], list(some["verdict"])
+        each = [verdicts.count(word) for word in ("holds", "does not hold", "undecided")]
+        word = overall(verdicts, claim["made"], claim["universal"] == "yes")
+        counts = _counted(*each, claim["made"])
+        said.append(f"{claim['sentence'].rstrip('.')}: **{word}** ({counts}).")
+    return said or ["No claim of the paper can be tested here."]

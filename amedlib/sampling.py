@@ -254,7 +254,7 @@ class Sampler:
         return [*states, self.x], evaluations
 
 
-def _tensor(name: str, given, dtype=None) -> torch.Tensor:
+def tensor(name: str, given, dtype=None) -> torch.Tensor:
     """Numbers as a tensor."""
     try:
         return torch.as_tensor(given, dtype=dtype)
@@ -264,7 +264,7 @@ def _tensor(name: str, given, dtype=None) -> torch.Tensor:
 
 def _checked_labels(labels, batch: int):
     if isinstance(labels, np.ndarray):
-        labels = _tensor("labels", labels)
+        labels = tensor("labels", labels)
     if labels is None:
         return None
     if isinstance(labels, dict):  # several kinds of labels, by name
@@ -376,8 +376,8 @@ def sample(
         ValueError: an argument is not of the form above, or samples become NaN or infinite; the
             sentence says in which step.
     """
-    latents = _tensor("latents", latents)
-    times = _tensor("times", times, torch.float64).to(latents.device)
+    latents = tensor("latents", latents)
+    times = tensor("times", times, torch.float64).to(latents.device)
     afs, trajectory = flag("afs", afs), flag("trajectory", trajectory)
     check_inputs(denoiser, latents, times, solver, intermediate)
     labels = _checked_labels(labels, len(latents))

@@ -12,7 +12,9 @@ pipeline's, and so is the precision of the network; a sampler fits best to those
 with.
 """
 
+import inspect
 import json
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import numpy as np
@@ -20,6 +22,7 @@ import torch
 
 from amedlib.checks import flag, require
 from amedlib.denoisers.diffusers_models import library
+from amedlib.denoisers.diffusers_pipelines import network_of
 from amedlib.denoisers.diffusers_schedulers import convention
 from amedlib.intermediate import Directions, numbers
 from amedlib.sampling import Sampler, check_inputs, sample, tensor
@@ -27,6 +30,7 @@ from amedlib.solvers import SOLVERS, Solver, TwoStage, make_solver
 from amedlib.trained import TrainedSampler
 
 diffusers = library()
+SchedulerMixin = diffusers.SchedulerMixin  # by this name diffusers looks for it, to load a pipeline
 
 # A pipeline that never scales the noise begins with it as it is, if that is right to this fraction.
 TOLERANCE = 0.02
@@ -53,7 +57,7 @@ class _Listed:
         return Directions(**self.steps[step])
 
 
-class AmedlibScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
+class AmedlibScheduler(SchedulerMixin, diffusers.ConfigMixin):
     """A sampler whose numbers all samples share, for pipelines; made by ``to_diffusers``.
 
     It is saved and loaded as any scheduler of diffusers, alone or with its pipeline, as numbers in
@@ -62,9 +66,10 @@ class AmedlibScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
 
     The first input of the network is the noise times ``first_scale``. Pipelines that call
     ``scale_model_input``, such as those of Stable Diffusion, begin with exactly that. The others
-    (``DDPMPipeline``, and those of flow matching) begin with the noise itself: they sample as ours
-    from latents that are the noise divided by ``first_scale``. Where that is more than 2 % from
-    one, they are refused.
+    (``DDPMPipeline``, and those of flow matching) begin with the noise itself, as with any
+    scheduler: they sample as ours from latents that are the noise divided by ``first_scale``. Where
+    that is more than 2 % from one, which AFS and learned network times can make it, they are
+    refused outside of ``with scheduler.scaling(pipeline):``.
 
     Args:
         times: the N time points, descending.
@@ -122,7 +127,7 @@ class AmedlibScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         (x, sigma), told = asked[0], torch.stack([t for _, t in asked])
         self.first_scale = float(self._convention.alpha(sigma) * x)
         self.timesteps = self._convention.time_step(told).float()
-        self.num_inference_steps = len(told)
+        self.num_inference_steps, self._outside = len(told), False
         self.set_timesteps(self.num_inference_steps)
 
     @property
@@ -151,7 +156,7 @@ class AmedlibScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         allowed = f"{count}, the evaluations of this sampler"
         require(num_inference_steps == count, "num_inference_steps", num_inference_steps, allowed)
         self.timesteps = self.timesteps.to(device=device)
-        self._index, self._scaled, self._returned = 0, False, None
+        self._index, self._scaled, self._returned = 0, None, None
         self._sampler, self._made = None, []
 
     def set_begin_index(self, begin_index: int = 0):
@@ -164,10 +169,40 @@ class AmedlibScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
 
     def scale_model_input(self, sample: torch.Tensor, timestep=None) -> torch.Tensor:
         """The network's input; only the first differs from the sample, by ``first_scale``."""
+        return sample if self._outside else self._input(sample)
+
+    def _input(self, sample):
         if self._index > 0:
             return sample
-        self._scaled = True
-        return self.first_scale * sample
+        # Rounded once, as the first input of `DiffusersDenoiser` is.
+        self._scaled = (self.first_scale * sample.to(torch.float64)).to(sample.dtype)
+        return self._scaled
+
+    @contextmanager
+    def scaling(self, pipeline):
+        """Where a pipeline does not call ``scale_model_input``, its network does it here itself.
+
+        ::
+
+            with pipeline.scheduler.scaling(pipeline):
+                pipeline(...)
+        """
+        network = network_of(pipeline)
+        signature = inspect.signature(network.forward)
+        name = next(iter(signature.parameters))
+
+        def scale(module, args, options):
+            call = signature.bind(*args, **options)
+            call.arguments[name] = self._input(call.arguments[name])
+            return call.args, call.kwargs
+
+        hook = network.register_forward_pre_hook(scale, with_kwargs=True)
+        self._outside = True
+        try:
+            yield
+        finally:
+            hook.remove()
+            self._outside = False
 
     @torch.no_grad()
     def step(self, model_output, timestep, sample, generator=None, return_dict: bool = True):
@@ -213,19 +248,21 @@ class AmedlibScheduler(diffusers.SchedulerMixin, diffusers.ConfigMixin):
         first = float(self.timesteps[0])
         require(float(timestep) == first, "the first time step", float(timestep), f"{first:g}")
         require(
-            self._scaled or abs(self.first_scale - 1) <= TOLERANCE,
+            self._scaled is not None or abs(self.first_scale - 1) <= TOLERANCE,
             "the pipeline",
             "one that begins with the noise as it is",
-            f"one that calls scale_model_input, because the first input is {self.first_scale:.3g} "
-            "times the noise",
+            f"called within `with scheduler.scaling(pipeline):`, because its network begins with "
+            f"{self.first_scale:.3g} times the noise",
         )
 
     def _begin(self, noise):
         times, solver, afs, listed = self._method
-        latents = noise.to(torch.float64) / (1.0 if self._scaled else self.first_scale)
+        # Some pipelines forget the noise for the scaled one (`DiTPipeline`).
+        scaled = self._scaled is None or noise is self._scaled
+        latents = noise.to(torch.float64) / (self.first_scale if scaled else 1.0)
         times = times.to(noise.device)
         self._sampler = Sampler(None, latents * times[0], times, solver, afs, listed)
-        self._made = []
+        self._scaled, self._made = None, []
         self._due = self._next()
 
     def _next(self):

@@ -12,7 +12,7 @@ import torch
 from amedlib import load_dataset, make_latents, make_solver, sample
 from amedlib.geometry import distance
 from amedlib.intermediate import TimeWise
-from amedlib.study import lesson, pieces
+from amedlib.study import lesson, one_step, pieces
 from amedlib.study.pieces import Control, Frame, View
 
 STATIC = Path(__file__).parents[1] / "book/static"
@@ -117,9 +117,10 @@ def test_plotly_knows_every_property_of_a_plot(chromium, tmp_path):
     chromium.open(page(tmp_path, toy().data))
     chromium.wait(DRAWN)
     chromium.run(
-        "var {data, layout, frames} = JSON.parse(document.querySelector('.lesson script')"
-        ".textContent).views[0]; data.forEach((line, i) => { line.x = frames['1'].x[i]; "
-        "line.y = frames['1'].y[i]; }); delete layout.legend;"  # which validate falls over
+        "var piece = JSON.parse(document.querySelector('.lesson script').textContent);"
+        "var {data, layout} = piece.views[0], {x, y} = piece.frames[0]['1'];"
+        "data.forEach((line, i) => { line.x = x[i]; line.y = y[i]; });"
+        "delete layout.legend;"  # which validate falls over
     )
     assert chromium.run("Plotly.validate(data, layout)") is None
     (wrong,) = chromium.run("data[0].line.colour = 'red'; Plotly.validate(data, layout)")
@@ -161,7 +162,7 @@ def test_a_piece_is_safe_text():
     ).data
     assert html.count("</script>") == 1 and "<b>" not in html and "<i>" not in html
     content = json.loads(re.search(r'json">(.*)</script>', html).group(1))
-    assert content["views"][0]["frames"]["<x>"]["says"] == frame.says
+    assert content["frames"][0]["<x>"]["says"] == frame.says
 
 
 def test_a_mosaic_has_every_pixel():
@@ -209,7 +210,7 @@ def test_a_trajectory_is_that_of_the_sampler(solved):
 
 def test_looks_are_steps_of_the_solvers(solved):
     """Each from the exact state by the plain loop, which knows nothing of grids of r."""
-    found = lesson.looks(solved, 2, 5, GRID)
+    found = one_step.looks(solved, 2, 5, GRID)
     times, states = solved.times[[8, 12]], solved.states[[8, 12]]
     latents = states[0] / times[0]
 
@@ -232,13 +233,13 @@ def test_looks_are_steps_of_the_solvers(solved):
 
 
 def test_the_piece_of_a_step_has_every_choice(solved):
-    found = {"digits": [lesson.looks(solved, i, 5, GRID) for i in range(5)]}
-    html = lesson.step_piece(found, GRID, 4).data
-    views = json.loads(re.search(r'json">(.*)</script>', html).group(1))["views"]
-    for view in views:
-        assert len(view["frames"]) == len(GRID) * 5
-        for frame in view["frames"].values():
+    found = {"digits": [one_step.looks(solved, i, 5, GRID) for i in range(5)]}
+    html = one_step.step_piece(found, GRID, 4).data
+    content = json.loads(re.search(r'json">(.*)</script>', html).group(1))
+    for view, frames in zip(content["views"], content["frames"], strict=True):
+        assert len(frames) == len(GRID) * 5
+        for frame in frames.values():
             assert len(frame["x"]) == len(frame["y"]) == len(view["data"])
-    frame = views[1]["frames"]["0.30|digits|2"]
+    frame = content["frames"][1]["0.30|digits|2"]
     parts = found["digits"][1].errors["AMED-Solver"][1]
     assert f"{parts[0]:.3g} in the plane, {parts[1]:.3g} across it" in frame["says"]

@@ -111,15 +111,16 @@ def axes(x: str, y: str, log: str = "", **more) -> dict:
 def piece(controls: Sequence[Control], views: Sequence[View]) -> HTML:
     """Views side by side, or below one another where there is no room, and their controls above."""
     start = {control.name: control.start for control in controls}
-    boxes, content = [], []
+    boxes, content, sets = [], [], {}
     for view in views:
-        first = view.frames[tuple(start[name] for name in view.follows)]
-        boxes.append(_box(view, first))
-        frames = {"|".join(key): _slim(frame) for key, frame in view.frames.items()}
-        about = {"follows": view.follows, "frames": frames}
+        boxes.append(_box(view, view.frames[tuple(start[name] for name in view.follows)]))
+        # Views that show the same frames, each for its own controls, share them.
+        sets[id(view.frames)] = {"|".join(k): _slim(frame) for k, frame in view.frames.items()}
+        about = {"follows": view.follows, "frames": list(sets).index(id(view.frames))}
         content.append(about | {"data": view.data, "layout": view.layout} if view.layout else about)
+    content = {"views": content, "frames": list(sets.values())}
     # A script would end, or change its meaning, with some that begin with this sign.
-    text = json.dumps({"views": content}, separators=(",", ":")).replace("<", "\\u003c")
+    text = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
     return HTML(
         '<div class="lesson"><div class="controls" hidden>'
         + "".join(map(_control, controls))
@@ -189,7 +190,8 @@ def still(view: View, frame: Frame) -> bytes:
         ends = [10**end for end in limits] if log else limits
         ax.set(**{f"{axis}label": about["title"]["text"], f"{axis}scale": about["type"]})
         ax.set(**{f"{axis}lim": ends})
-    figure.legend(loc="outside upper left", ncols=2, fontsize=9)
+    if any(looks["name"] for looks in view.data):
+        figure.legend(loc="outside upper left", ncols=2, fontsize=9)
     file = io.BytesIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()

@@ -32,6 +32,7 @@ class Trajectory(NamedTuple):
         states: [N, B, C, H, W].
         denoised: D(x; t) at all times but the last, [N-1, B, C, H, W].
         labels: of the denoiser, or ``None``.
+        nfe: evaluations per sample, counted.
     """
 
     data: Dataset
@@ -39,6 +40,7 @@ class Trajectory(NamedTuple):
     states: torch.Tensor
     denoised: torch.Tensor
     labels: torch.Tensor | None
+    nfe: int
 
 
 @torch.no_grad()
@@ -52,7 +54,7 @@ def solve(dataset: str, seeds: Sequence[int], steps: int = 80, device=None) -> T
     sampler = Sampler(data.denoiser, x, times, make_solver("heun"), labels=labels)
     states, evaluations = sampler.run()
     denoised = torch.stack([found for found, _ in evaluations])
-    return Trajectory(data, times, torch.stack(states), denoised, labels)
+    return Trajectory(data, times, torch.stack(states), denoised, labels, sampler.nfe)
 
 
 def images_of(data: Dataset, x: torch.Tensor, t: float = 0.0) -> torch.Tensor:
@@ -206,7 +208,7 @@ def gallery(cells: pd.DataFrame, found: pd.DataFrame, unit: str, start: tuple[st
             says = f"{unit} {value}" if value else f"{unit} not measured"
             says = f"{method}, {nfe} evaluations: {says}."
             if torch.is_tensor(images):
-                frame = Frame(says, f"{len(images)} images. {says}", mosaic(images, 3))
+                frame = Frame(says, f"{len(images)} images. {says}", mosaic(images, 2))
             else:  # one transparent pixel
                 says = f"{method}, {nfe} evaluations: no predictor is stored."
                 frame = Frame(says, says, mosaic(torch.zeros(0, 1, 1, 1), 1))

@@ -212,13 +212,13 @@ def around(*values, room: float = 0.08, log: bool = False) -> tuple[float, float
 def mosaic(images: torch.Tensor, columns: int) -> str:
     """Images [B, C, H, W] in [0, 1] as one PNG in a data URI, a pixel for a pixel.
 
-    Between them, and where the last row has none, it is transparent.
+    Between them, and where there is none, it is transparent.
     """
     pixels = (images.clamp(0, 1) * 255).round().byte().expand(-1, 3, -1, -1)
     pixels = torch.cat([pixels, torch.full_like(pixels[:, :1], 255)], dim=1)
     high, wide = pixels.shape[2:]
     gap = max(1, wide // 16)
-    rows = -(-len(pixels) // columns)
+    rows = max(1, -(-len(pixels) // columns))
     canvas = torch.zeros(4, rows * (high + gap) - gap, columns * (wide + gap) - gap).byte()
     for i, image in enumerate(pixels):
         top, left = i // columns * (high + gap), i % columns * (wide + gap)

@@ -203,9 +203,10 @@ class TrainedSampler:
     def sigmas(self) -> list[float]:
         """All noise levels at which the solver steps, descending, intermediate ones included.
 
-        For samplers that take a list of sigmas. Whether they then sample the same is theirs: they
-        know neither AFS nor scaled directions and times, nor learned coefficients, and append a
-        zero themselves.
+        For samplers that take a list of sigmas; the page "Use AMED on your own denoiser" has the
+        lines for diffusers, k-diffusion and ComfyUI. Whether they then sample the same is theirs:
+        they know neither AFS nor scaled directions and times, nor learned coefficients, and some
+        append a zero.
 
         Raises:
             ValueError: r depends on the sample, or a step has several intermediate points, so that

@@ -132,7 +132,11 @@ def test_what_is_trained_goes_with_its_pipeline(pipeline, tmp_path):
     config = Training(**vars(config) | ends | {"images": 16, "batch": 8})
     train(denoiser, config, denoiser.shape, tmp_path / "a.safetensors", progress=False)
     trained = amedlib.load_sampler(tmp_path / "a.safetensors")
-    pipeline.scheduler = amedlib.to_diffusers(trained, pipeline.scheduler)
+    given = {"trained": trained, "pipeline": pipeline, "amedlib": amedlib}
+    torch.manual_seed(3)
+    exec(lines("to_diffusers"), given)
+    expected = as_images(trained.sample(denoiser, noise(1, 3, 8, 8)).x)
+    close(np.asarray(given["images"][0]) / 255, expected[0], 0.51 / 255)
     pipeline.save_pretrained(tmp_path / "pipeline")
     loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
     loaded.set_progress_bar_config(disable=True)
@@ -147,12 +151,8 @@ def test_what_is_trained_goes_with_its_pipeline(pipeline, tmp_path):
     assert written["times"] == trained.times.tolist() and len(written["steps"]) == 3
     # Another trained sampler in its place, and diffusers' own.
     times, solver = schedule(denoiser, 3), amedlib.make_solver("euler")
-    assert (
-        amedlib.to_diffusers(times, loaded.scheduler, solver).model_scheduler.config.get(
-            "prediction_type"
-        )
-        == "sample"
-    )
+    other = amedlib.to_diffusers(times, loaded.scheduler, solver)
+    assert type(other.model_scheduler) is diffusers.DDPMScheduler
     own = diffusers.DDIMScheduler.from_config(loaded.scheduler.config)
     assert own.config["prediction_type"] == "sample"
 
@@ -367,6 +367,10 @@ class OtherSolver(type(EULER)):
         ("solver must be made by amedlib.make_solver; 'euler'", lambda: out(TIMES, DDPM, "euler")),
         ("solver must be made by amedlib.make_solver; OtherSolver",
          lambda: out(TIMES, DDPM, OtherSolver())),
+        ("times must be a tensor or an array of numbers; None was",
+         lambda: type(out())(scheduler={"_class_name": "DDPMScheduler"} | X0)),
+        ("steps must be 3 of the fields .*; \\[\\{'r': \\[0.5\\]\\}\\] was",
+         lambda: type(out()).from_config(out().config, steps=[{"r": [0.5]}])),
         ("the length of r must be the number of steps, 3; 2 was",
          lambda: out(TIMES, DDPM, EULER, False, amedlib.TimeWise([0.4, 0.5]))),
         ("num_inference_steps must be 3, the evaluations of this sampler; 50 was",

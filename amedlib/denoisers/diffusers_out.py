@@ -48,7 +48,17 @@ class _Listed:
 
     def __init__(self, times, network_times, steps):
         self.steps, self.found = steps, (times, network_times)
-        self.evaluates = any(step["r"] for step in steps)
+
+    @property
+    def evaluates(self):
+        return any(step["r"] for step in self.steps)
+
+    def check(self, intervals):
+        fields = set(Directions._fields)
+        whole = len(self.steps) == intervals and all(set(each) == fields for each in self.steps)
+        require(whole, "steps", self.steps, f"{intervals} of the fields {', '.join(fields)}")
+        told = len(self.found[1])
+        require(told >= intervals, "network_times", told, f"one for each of {intervals} steps")
 
     def schedule(self, times):
         return tuple(each.to(times) for each in self.found)
@@ -84,6 +94,8 @@ class AmedlibScheduler(SchedulerMixin, diffusers.ConfigMixin):
         model_scheduler: that scheduler.
         num_inference_steps: evaluations of the network, the only number that pipelines may ask for.
         timesteps: what the network is told, [num_inference_steps].
+        sigmas: their noise levels, and a zero; of flow matching t / (1 + t). Some pipelines read
+            them.
         first_scale: see above.
 
     Raises:
@@ -106,11 +118,10 @@ class AmedlibScheduler(SchedulerMixin, diffusers.ConfigMixin):
     ):
         self.model_scheduler = _scheduler_of(scheduler)
         self._convention = convention(self.model_scheduler)
-        require(times is not None, "times", times, "given, as amedlib.to_diffusers does")
-        points = torch.tensor(times, dtype=torch.float64, device="cpu")
+        points = tensor("times", times, torch.float64).cpu()
         listed, made = None, make_solver(solver, **(options or {}))
         if steps is not None:
-            told = torch.tensor(network_times or times, dtype=torch.float64, device="cpu")
+            told = tensor("network_times", network_times or times, torch.float64).cpu()
             listed = _Listed(points, told, steps)
         nonlinear = afs and getattr(made, "thresholding", False)
         require(not nonlinear, "thresholding", True, "False with AFS in a pipeline of diffusers")
@@ -128,6 +139,8 @@ class AmedlibScheduler(SchedulerMixin, diffusers.ConfigMixin):
         self.first_scale = float(self._convention.alpha(sigma) * x)
         self.timesteps = self._convention.time_step(told).float()
         self.num_inference_steps, self._outside = len(told), False
+        levels = told * self._convention.alpha(told) if self._convention.flow else told
+        self.sigmas = torch.cat([levels, levels.new_zeros(1)]).float()
         self.set_timesteps(self.num_inference_steps)
 
     @property
@@ -352,4 +365,4 @@ def to_diffusers(
         steps = [step._asdict() for step in numbers(intermediate, times)]
         found = {"network_times": told.tolist(), "steps": json.loads(json.dumps(steps))}
     found |= _written(solver) | {"scheduler": json.loads(scheduler.to_json_string())}
-    return AmedlibScheduler(times.tolist(), afs=afs, **found)
+    return AmedlibScheduler(times=times.tolist(), afs=afs, **found)

@@ -18,6 +18,7 @@ from amedlib.training import Training, train
 # Each is loaded with its module when it is first asked for.
 _LATER = {
     "from_diffusers": "amedlib.denoisers.diffusers_models",
+    "to_diffusers": "amedlib.denoisers.diffusers_out",
     "describe": "amedlib.datasets.entries",
     "load_dataset": "amedlib.datasets.loaders",
     "Run": "amedlib.study.run",

@@ -4,7 +4,6 @@ Distances are Euclidean norms of whole images, sqrt(sum over C, H, W), as in the
 """
 
 from collections.abc import Sequence
-from copy import copy
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -108,8 +107,8 @@ class GridSearch(NamedTuple):
 
 def _advanced(sampler, intermediate, known):
     """A copy of a sampler, one interval on."""
-    trial = copy(sampler)
-    trial.history, trial.intermediate = sampler.history.copy(), intermediate
+    trial = sampler.fork()
+    trial.intermediate = intermediate
     trial.advance(known)
     return trial
 

@@ -7,6 +7,7 @@ mean s = t_next^r t_cur^(1-r) (Sec. 3.3): r = 0 is t_cur, r = 1 is t_next.
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,37 @@ class Directions(NamedTuple):
     weights: tuple = ()
     scale_dir: torch.Tensor | float = 1.0
     coefficients: tuple = ()
+
+
+def directions(found: Intermediate | Directions) -> Directions:
+    """What an intermediate returned, in the form of more freedom."""
+    if isinstance(found, Directions):
+        return found
+    r, scale_dir, scale_time = found
+    return Directions((r,), (scale_time,), (1.0,), scale_dir)
+
+
+@torch.no_grad()
+def numbers(intermediate, times: torch.Tensor) -> list[Directions]:
+    """The numbers of an intermediate for every step between ``times``, as Python's own.
+
+    Raises:
+        ValueError: they depend on the sample.
+    """
+    require(
+        not getattr(intermediate, "uses_bottleneck", False),
+        "the predictor",
+        "one that uses the bottleneck",
+        'one whose numbers all samples share: train with form="table" or uses_bottleneck=False',
+    )
+    steps = []
+    for n, (t_cur, t_next) in enumerate(pairwise(times)):
+        r, scale_time, weights, scale_dir, coefficients = directions(
+            intermediate(n, t_cur, t_next, None)
+        )
+        several = [tuple(map(float, each)) for each in (r, scale_time, weights)]
+        steps.append(Directions(*several, float(scale_dir), tuple(map(float, coefficients))))
+    return steps
 
 
 class TimeWise:

@@ -1,6 +1,7 @@
 """The one loop (Algorithm 2): any schedule, solver and intermediate; AFS, NFE, trajectories."""
 
 import bisect
+import copy
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import torch
 from amedlib import checks
 from amedlib.checks import flag, is_whole, require, whole
 from amedlib.compute import best_device
-from amedlib.intermediate import Directions, Intermediate, TimeWise
+from amedlib.intermediate import Intermediate, TimeWise, directions
 from amedlib.solvers import Evaluation, Solver, TwoStage
 
 
@@ -207,10 +208,7 @@ class Sampler:
         self._remember(self.x, t_cur, self._output(t_cur, known[0]))
         self.start = self.x
         if self.intermediate is not None:
-            learned = self.intermediate(self.interval, t_cur, t_next, known[1])
-            if isinstance(learned, Intermediate):
-                r, scale_dir, scale_time = learned
-                learned = Directions((r,), (scale_time,), (1.0,), scale_dir)
+            learned = directions(self.intermediate(self.interval, t_cur, t_next, known[1]))
             if learned.r:
                 self._look(t_cur, t_next, learned)
             coefficients = [self._fitting(c) for c in learned.coefficients]
@@ -220,6 +218,12 @@ class Sampler:
         self.interval += 1
         moved = self.start is not predicted  # by a corrector: `known` belongs to another state
         return None if moved else known
+
+    def fork(self) -> "Sampler":
+        """A copy that goes on by itself."""
+        other = copy.copy(self)
+        other.history = self.history.copy()
+        return other
 
     def detach(self):
         """Cut the state and the history off from the autograd graph."""
@@ -250,7 +254,7 @@ class Sampler:
         return [*states, self.x], evaluations
 
 
-def _tensor(name: str, given, dtype=None) -> torch.Tensor:
+def tensor(name: str, given, dtype=None) -> torch.Tensor:
     """Numbers as a tensor."""
     try:
         return torch.as_tensor(given, dtype=dtype)
@@ -260,7 +264,7 @@ def _tensor(name: str, given, dtype=None) -> torch.Tensor:
 
 def _checked_labels(labels, batch: int):
     if isinstance(labels, np.ndarray):
-        labels = _tensor("labels", labels)
+        labels = tensor("labels", labels)
     if labels is None:
         return None
     if isinstance(labels, dict):  # several kinds of labels, by name
@@ -372,8 +376,8 @@ def sample(
         ValueError: an argument is not of the form above, or samples become NaN or infinite; the
             sentence says in which step.
     """
-    latents = _tensor("latents", latents)
-    times = _tensor("times", times, torch.float64).to(latents.device)
+    latents = tensor("latents", latents)
+    times = tensor("times", times, torch.float64).to(latents.device)
     afs, trajectory = flag("afs", afs), flag("trajectory", trajectory)
     check_inputs(denoiser, latents, times, solver, intermediate)
     labels = _checked_labels(labels, len(latents))

@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from amedlib.checks import require
 from amedlib.compute import in_precision
 from amedlib.files import load_tensors, reading, save_tensors
 from amedlib.freedoms import LearnedTable
-from amedlib.intermediate import Predictor
+from amedlib.intermediate import Predictor, numbers
 from amedlib.recipes import Training
 from amedlib.sampling import Sample, sample
 from amedlib.wrapper import Wrapper
@@ -202,28 +203,21 @@ class TrainedSampler:
     def sigmas(self) -> list[float]:
         """All noise levels at which the solver steps, descending, intermediate ones included.
 
-        For samplers that take a list of sigmas. Whether they then sample the same is theirs: they
-        know neither AFS nor scaled directions and times, nor learned coefficients, and append a
-        zero themselves.
+        For samplers that take a list of sigmas; the page "Use AMED on your own denoiser" has the
+        lines for diffusers, k-diffusion and ComfyUI. Whether they then sample the same is theirs:
+        they know neither AFS nor scaled directions and times, nor learned coefficients, and some
+        append a zero.
 
         Raises:
             ValueError: r depends on the sample, or a step has several intermediate points, so that
                 there is no one list.
         """
-        require(
-            not self.predictor.uses_bottleneck,
-            "the predictor",
-            "one that uses the bottleneck",
-            "one whose r is the same for all samples, to have one list of sigmas: train with "
-            'form="table" or uses_bottleneck=False',
-        )
         times, sigmas = self.times, []
-        for n, (t_cur, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
-            r = self.predictor.cpu()(n, t_cur, t_next, None).r
-            found = r if isinstance(r, tuple) else (r,)
+        steps = numbers(self.predictor.cpu(), times)
+        for (t_cur, t_next), (r, *_) in zip(pairwise(times), steps, strict=True):
             allowed = "at most one, to have one list of sigmas"
-            require(len(found) < 2, "intermediate points of a step", len(found), allowed)
-            sigmas += [float(t_cur), *(float(t_next**r * t_cur ** (1 - r)) for r in found)]
+            require(len(r) < 2, "intermediate points of a step", len(r), allowed)
+            sigmas += [float(t_cur), *(float(t_next**each * t_cur ** (1 - each)) for each in r)]
         return [*sigmas, float(times[-1])]
 
 

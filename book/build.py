@@ -28,6 +28,8 @@ EXECUTED = BUILD / "executed"
 CPUS = os.cpu_count() or 1
 WORKERS = min(2, CPUS)
 
+LARGEST = 3e6  # bytes of a page, so that it opens on a telephone
+
 # What a browser fetches by itself when it opens a page, if the address leaves the book.
 REQUEST = re.compile(
     r"""(?:<(?:script|img|iframe|embed|source|audio|video)\b[^>]*?\bsrc\s*=
@@ -158,12 +160,16 @@ def render() -> bool:
 
 
 def problems(html: Path, toc: Path) -> list[str]:
-    """Return what is wrong with a rendered book: missing pages, requests that leave it."""
+    """Return what is wrong with a rendered book: pages missing or large, requests that leave it."""
     found = [
         f"{page}.html was not written"
         for page in ["index", *parse_toc_yaml(toc)]
         if not (html / f"{page}.html").is_file()
     ]
+    for path in sorted(html.rglob("*.html")):
+        if path.stat().st_size > LARGEST:
+            size = f"{path.stat().st_size / 1e6:.1f} MB"
+            found.append(f"{path.relative_to(html)} has {size}, more than {LARGEST / 1e6:g}")
     for path in sorted(html.rglob("*")):
         if path.suffix in {".html", ".css", ".js"}:
             text = path.read_text(encoding="utf-8", errors="replace")

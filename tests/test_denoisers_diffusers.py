@@ -544,12 +544,13 @@ def test_nan_of_a_network_is_reported_with_its_step():
         amedlib.sample(denoiser, noise(1, 3, 8, 8), times, solver)
 
 
-def test_without_the_package_the_extra_is_named():
+@pytest.mark.parametrize("call", ["from_diffusers(None)", "to_diffusers(None, None)"])
+def test_without_the_package_the_extra_is_named(call):
     code = (
         "import sys, amedlib\n"
         "assert 'diffusers' not in sys.modules\n"
         "sys.modules['diffusers'] = None\n"
-        "amedlib.from_diffusers(None)"
+        f"amedlib.{call}"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert re.search(r"ImportError: .*pip install 'amedlib\[diffusers\]'\.\s*$", found.stderr)

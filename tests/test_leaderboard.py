@@ -1,6 +1,7 @@
 """The leaderboard: like is compared with like, and what is said of it follows from the numbers."""
 
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from amedlib.study import leaderboard, standings
 from amedlib.study.leaderboard import CHOICE, FACTORS, LEARNED, NEEDS, UNTRAINED
+from amedlib.study.uncertainty import estimates, with_interval
 
 
 def test_every_solver_is_untrained_on_every_schedule_with_afs_and_without():
@@ -110,3 +112,21 @@ def test_the_answer_says_what_the_numbers_say():
     assert "the best untrained sampler is iPNDM, logSNR, AFS, with 2.5" in said
     assert "the best learned one is *all numbers*, with 1.3" in said and "gives 1.22." in said
     assert said.endswith("is better in its mean than AMED-Solver.")
+
+
+def test_the_readme_states_the_best_of_the_leaderboard():
+    """Untrained and learned, at five evaluations, from data/results."""
+    metrics = ("fd",)
+    board = standings.plans_of("digits", [5], (0, 1, 2), 5000, metrics)
+    measured = standings.candidates(board, progress=False)
+    found = estimates(measured, by=("need", "nfe", "who")).set_index("need")
+    readme = " ".join((Path(__file__).parents[1] / "README.md").read_text().split())
+    for need, words in (
+        ("a minute of training", "times, times told to the network, coefficients"),
+        ("no training", "iPNDM of order 3, uniform schedule"),
+    ):
+        row = found.loc[need]
+        assert f"{words} | {with_interval(row['value'], row['half'])} |" in readme
+    assert found["who"]["no training"] == "iPNDM-3, uniform"
+    assert found["who"]["a minute of training"] == "all numbers"
+    assert f"the best of {len(board.choice)} untrained samplers" in readme

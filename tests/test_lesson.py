@@ -1,18 +1,22 @@
 """The part Learn: pieces that a reader moves, in a browser, and what is computed for them."""
 
+import io
 import json
 import re
+from base64 import b64decode
 from pathlib import Path
 
 import browser
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from amedlib import load_dataset, make_latents, make_solver, sample
-from amedlib.geometry import distance
+from amedlib.geometry import distance, trajectory_pca
 from amedlib.intermediate import TimeWise
-from amedlib.study import lesson, pieces
+from amedlib.study import lesson, one_step, pieces, plans
 from amedlib.study.pieces import Control, Frame, View
 
 STATIC = Path(__file__).parents[1] / "book/static"
@@ -117,9 +121,10 @@ def test_plotly_knows_every_property_of_a_plot(chromium, tmp_path):
     chromium.open(page(tmp_path, toy().data))
     chromium.wait(DRAWN)
     chromium.run(
-        "var {data, layout, frames} = JSON.parse(document.querySelector('.lesson script')"
-        ".textContent).views[0]; data.forEach((line, i) => { line.x = frames['1'].x[i]; "
-        "line.y = frames['1'].y[i]; }); delete layout.legend;"  # which validate falls over
+        "var piece = JSON.parse(document.querySelector('.lesson script').textContent);"
+        "var {data, layout} = piece.views[0], {x, y} = piece.frames[0]['1'];"
+        "data.forEach((line, i) => { line.x = x[i]; line.y = y[i]; });"
+        "delete layout.legend;"  # which validate falls over
     )
     assert chromium.run("Plotly.validate(data, layout)") is None
     (wrong,) = chromium.run("data[0].line.colour = 'red'; Plotly.validate(data, layout)")
@@ -161,18 +166,14 @@ def test_a_piece_is_safe_text():
     ).data
     assert html.count("</script>") == 1 and "<b>" not in html and "<i>" not in html
     content = json.loads(re.search(r'json">(.*)</script>', html).group(1))
-    assert content["views"][0]["frames"]["<x>"]["says"] == frame.says
+    assert content["frames"][0]["<x>"]["says"] == frame.says
 
 
 def test_a_mosaic_has_every_pixel():
-    from base64 import b64decode
-    from io import BytesIO
-
-    from PIL import Image
 
     images = torch.rand(3, 3, 32, 32, generator=torch.manual_seed(0))
     found = pieces.mosaic(images, 2)
-    pixels = np.array(Image.open(BytesIO(b64decode(found.split(",")[1]))))
+    pixels = np.array(Image.open(io.BytesIO(b64decode(found.split(",")[1]))))
     assert pixels.shape == (66, 66, 4)
     wanted = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
     for i, (top, left) in enumerate(((0, 0), (0, 34), (34, 0))):
@@ -207,9 +208,109 @@ def test_a_trajectory_is_that_of_the_sampler(solved):
         torch.testing.assert_close(solved.denoised[i], expected)
 
 
+def content_of(html):
+    """What the script of a piece reads."""
+    return json.loads(re.search(r'json">(.*?)</script>', html.data).group(1))
+
+
+def test_what_is_still_ahead_falls_from_all_to_nothing(solved):
+    found = lesson.still_ahead(solved)
+    gap = (solved.denoised[7] - solved.states[-1]).norm() / (
+        solved.denoised[0] - solved.states[-1]
+    ).norm()
+    assert found[0] == 1 and found[7] == pytest.approx(gap.item()) and found[-1] < 0.01
+
+
+def test_images_of_the_end_are_those_that_are_measured(solved):
+    data, x = solved.data, solved.states[-1]
+    expected = (data.to_images(x) + 1) / 2
+    torch.testing.assert_close(lesson.images_of(data, x), expected)
+    # With noise, the same image as of the state scaled by hand.
+    x, t = solved.states[0], float(solved.times[0])
+    torch.testing.assert_close(lesson.images_of(data, x, t), lesson.images_of(data, x / 80.00625))
+
+
+def test_the_share_outside_the_plane_is_that_of_the_pca():
+    found = lesson.solve("digits", [0, 1], steps=20)
+    share = trajectory_pca(found.states).relative_error
+    content = content_of(lesson.plane_piece({"digits": found}, shown=20))
+    flat, parts = content["frames"]
+    for i, t in enumerate(found.times.tolist()):
+        for j in range(2):
+            says = parts[f"{t:.3g}|digits|{j + 1}"]["says"]
+            assert f" {100 * share[i, j]:.2g} % of the state's norm" in says
+    # The axes to scale have one range.
+    first, second = flat[f"{t:.3g}|digits|1|to scale"]["ranges"]
+    assert first == second
+    # A path keeps its length in its plane, all but what is outside.
+    x, y = (flat[f"{t:.3g}|digits|1|enlarged"][axis][0] for axis in "xy")
+    length = np.hypot(x[-1] - x[0], y[-1] - y[0])
+    assert length == pytest.approx(distance(*found.states[[0, -1], 0]).item(), rel=1e-3)
+
+
+def test_the_pieces_of_noise_have_every_time(solved):
+    film = lesson.filmstrip({"digits": solved}, 5).data
+    assert film.count("<img") == 1
+    pictures, curves = content_of(lesson.noise_piece({"digits": solved}))["frames"]
+    assert len(pictures) == len(curves) == 20
+    assert "100 %" in curves["80|digits"]["says"]
+
+
+def test_greed_moves_one_r_and_leaves_the_others():
+    """Each of its samples is that of the plain loop with a table in which one number is another."""
+    run = plans.beyond("greedy", "digits", [7], [0])["run"][0]
+    table, grid = [0.5, 0.6, 0.7, 0.3], (0.3, 0.7)
+    found = one_step.greed(run, table, range(3), grid, few=2)
+    data, times = load_dataset("digits"), run.times()
+    latents = make_latents(range(3), data.shape)
+    fine = sample(data.denoiser, latents, run.refined(20), make_solver("heun"), trajectory=True)
+    truth = fine.trajectory[::20]
+    for k, i in ((0, 1), (2, 0), (3, 1)):
+        moved = [grid[i] if j == k else r for j, r in enumerate(table)]
+        how = make_solver("ipndm"), True, TimeWise(moved)
+        out = sample(data.denoiser, latents, times, *how, trajectory=True)
+        gaps = [distance(out.trajectory[n], truth[n]).square().mean().sqrt() for n in (k + 1, -1)]
+        assert found.after[k, i] == pytest.approx(gaps[0].item())
+        assert found.end[k, i] == pytest.approx(gaps[1].item())
+        torch.testing.assert_close(found.images[k][i], (data.to_images(out.x[:2]) + 1) / 2)
+    # Its own r leaves the table as it is, in every step alike.
+    assert found.end[2, 1] == found.end[3, 0]
+    learned = {"for the step": table, "for the endpoint": table[::-1]}
+    curves, drawn = content_of(one_step.greed_piece(found, (0.5, 0.7), learned))["frames"]
+    assert len(curves) == len(drawn) == 8
+    assert f"{found.end[2, 1]:.3g} at the end" in curves["0.70|3"]["says"]
+
+
+@pytest.mark.parametrize("name", lesson.SHOWN.values())
+def test_samplers_have_names_of_their_own_that_say_what_they_do(name):
+    planned = lesson.samplers(name, [3, 5])
+    assert not planned.duplicated(["method", "nfe"]).any()
+    assert {each.key for each in planned["run"]} >= {
+        each.key for each in plans.table2(name, nfes=[3, 5], seeds=[0])["run"]
+    }
+    for row in planned.itertuples():
+        assert row.run.nfe == row.nfe
+        assert ("AFS" in row.method) == row.run.afs
+        learned = "learned r" in row.method or row.method.startswith("AMED-Solver")
+        assert learned == (row.run.predictor is not None)
+
+
+def test_a_gallery_says_what_is_measured_and_what_is_not():
+    images = torch.rand(2, 1, 8, 8, generator=torch.manual_seed(0))
+    cells = pd.DataFrame({3: [images, None], 5: [images, images]}, index=["DDIM", "EDM"])
+    found = pd.DataFrame({"method": ["DDIM"], "nfe": [3], "value": [2.5], "half": [0.1]})
+    content = content_of(lesson.gallery(cells, found, "FD", ("DDIM", "EDM")))
+    (frames,) = content["frames"]  # shared by both sides
+    assert [view["follows"] for view in content["views"]] == [["nfe", "left"], ["nfe", "right"]]
+    assert frames["3|DDIM"]["says"] == "DDIM, 3 evaluations: FD 2.50 ± 0.10."
+    assert frames["5|EDM"]["says"] == "EDM, 5 evaluations: FD not measured."
+    assert frames["3|EDM"]["says"] == "EDM, 3 evaluations: no predictor is stored."
+    assert frames["3|DDIM"]["image"] == pieces.mosaic(images, 2)
+
+
 def test_looks_are_steps_of_the_solvers(solved):
     """Each from the exact state by the plain loop, which knows nothing of grids of r."""
-    found = lesson.looks(solved, 2, 5, GRID)
+    found = one_step.looks(solved, 2, 5, GRID)
     times, states = solved.times[[8, 12]], solved.states[[8, 12]]
     latents = states[0] / times[0]
 
@@ -232,13 +333,12 @@ def test_looks_are_steps_of_the_solvers(solved):
 
 
 def test_the_piece_of_a_step_has_every_choice(solved):
-    found = {"digits": [lesson.looks(solved, i, 5, GRID) for i in range(5)]}
-    html = lesson.step_piece(found, GRID, 4).data
-    views = json.loads(re.search(r'json">(.*)</script>', html).group(1))["views"]
-    for view in views:
-        assert len(view["frames"]) == len(GRID) * 5
-        for frame in view["frames"].values():
+    found = {"digits": [one_step.looks(solved, i, 5, GRID) for i in range(5)]}
+    content = content_of(one_step.step_piece(found, GRID, 4))
+    for view, frames in zip(content["views"], content["frames"], strict=True):
+        assert len(frames) == len(GRID) * 5
+        for frame in frames.values():
             assert len(frame["x"]) == len(frame["y"]) == len(view["data"])
-    frame = views[1]["frames"]["0.30|digits|2"]
+    frame = content["frames"][1]["0.30|digits|2"]
     parts = found["digits"][1].errors["AMED-Solver"][1]
     assert f"{parts[0]:.3g} in the plane, {parts[1]:.3g} across it" in frame["says"]

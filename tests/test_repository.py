@@ -187,9 +187,18 @@ def test_a_page_that_was_not_written_is_found(build, tmp_path):
     assert build.problems(tmp_path, tmp_path / "_toc.yml") == ["a/b.html was not written"]
 
 
+def test_a_page_that_is_too_large_is_found(build, tmp_path):
+    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: index\n")
+    (tmp_path / "index.html").write_text(" " * 3_000_000)
+    assert build.problems(tmp_path, tmp_path / "_toc.yml") == []
+    (tmp_path / "index.html").write_text(" " * 3_100_000)
+    found = build.problems(tmp_path, tmp_path / "_toc.yml")
+    assert found == ["index.html has 3.1 MB, more than 3"]
+
+
 def test_the_howto_runs_as_it_stands(tmp_path):
     text = (ROOT / "book/howto.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    code, *_ = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len([line for line in code.splitlines() if line.strip()]) < 30
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True

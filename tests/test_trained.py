@@ -69,7 +69,7 @@ def test_sigmas_are_where_a_table_steps(net, tmp_path):
 
 
 def test_sigmas_of_a_predictor_that_looks_at_the_sample_are_refused(trained):
-    with pytest.raises(ValueError, match="to have one list of sigmas: train with form"):
+    with pytest.raises(ValueError, match="whose numbers all samples share: train with form"):
         amedlib.load_sampler(trained[1]).sigmas()
 
 

@@ -6,6 +6,7 @@ __all__ = [
     "adm",
     "cifar10",
     "diffusers_models",
+    "diffusers_out",
     "diffusers_pipelines",
     "diffusers_schedulers",
     "digits",

@@ -86,8 +86,7 @@ class DiffusersDenoiser(nn.Module):
             if self.guidance_scale is not None:
                 unconditional = predicted(told[1])
                 out = unconditional + self.guidance_scale * (out - unconditional)
-        skip, gain = self.convention.combine(sigma, alpha)
-        denoised = (skip * x + gain * out).to(x.dtype)
+        denoised = self.convention.denoised(x, sigma, out)
         return (denoised, seen[0]) if return_bottleneck else denoised
 
     @torch.no_grad()
@@ -170,11 +169,12 @@ def from_diffusers(
         ValueError: the model cannot be written as D, or an argument does not fit to it; the
             sentence says why.
     """
-    diffusers = _library()
+    diffusers = library()
     pipeline = isinstance(model, diffusers.DiffusionPipeline)
     known = pipeline or isinstance(model, diffusers.ModelMixin)
     require(known, "model", type(model).__name__, "a pipeline or a network of diffusers")
     scheduler = model.scheduler if pipeline and scheduler is None else scheduler
+    scheduler = getattr(scheduler, "model_scheduler", scheduler)  # of `to_diffusers`
     known = isinstance(scheduler, diffusers.SchedulerMixin)
     require(known, "scheduler", type(scheduler).__name__, "a scheduler of diffusers")
     convention(scheduler)  # refuses what it does not know, before work starts
@@ -199,12 +199,13 @@ def from_diffusers(
     return denoiser.eval()
 
 
-def _library():
+def library():
+    """The package diffusers."""
     try:
         import diffusers
     except ImportError as error:
         raise ImportError(
-            "amedlib.from_diffusers needs the package diffusers: pip install 'amedlib[diffusers]'."
+            "Models of diffusers need its package: pip install 'amedlib[diffusers]'."
         ) from error
     return diffusers
 

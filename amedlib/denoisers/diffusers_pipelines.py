@@ -44,10 +44,12 @@ def _listen(pipeline, network, arguments: dict, enough: int | None = None):
 
     hook = network.register_forward_pre_hook(heard, with_kwargs=True)
     bar = dict(getattr(pipeline, "_progress_bar_config", {}))
+    ours = hasattr(pipeline.scheduler, "model_scheduler")  # of `to_diffusers`: one number only
+    count = pipeline.scheduler.num_inference_steps if ours else 2
     pipeline.set_progress_bar_config(**bar | {"disable": True})
     pipeline.scheduler.step = step
     try:  # a generator of its own, so that nobody else's random numbers are used up
-        pipeline(**{"num_inference_steps": 2, "generator": torch.Generator()} | arguments)
+        pipeline(**{"num_inference_steps": count, "generator": torch.Generator()} | arguments)
     except _Heard:
         pass
     finally:

@@ -60,6 +60,11 @@ class Convention(NamedTuple):
     levels: np.ndarray | None
     ends: tuple[float, float]
 
+    def denoised(self, x, sigma, output):
+        """D(x; sigma) in the dtype of x, of what the network gave for alpha x."""
+        skip, gain = self.combine(sigma, self.alpha(sigma))
+        return (skip * x + gain * output).to(x.dtype)
+
 
 def convention(scheduler) -> Convention:
     """How the networks of a scheduler of diffusers are asked.

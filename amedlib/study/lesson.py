@@ -1,20 +1,23 @@
-"""What the pages for learners show: trajectories and steps of the shipped models."""
+"""What the pages for learners show: trajectories of the shipped models, and samples of them."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from IPython.display import HTML
 
 from amedlib.compute import best_device
 from amedlib.datasets.loaders import Dataset, load_dataset
+from amedlib.geometry import distance
 from amedlib.sampling import Sampler, make_latents
 from amedlib.schedules import make_schedule
 from amedlib.solvers import make_solver
-from amedlib.study import theory
-from amedlib.study.figures import LOOKS
-from amedlib.study.pieces import Control, Frame, View, around, axes, piece, style
+from amedlib.study import plans, theory
+from amedlib.study.pictures import fractions
+from amedlib.study.pieces import Control, Frame, View, around, axes, mosaic, piece, style
+from amedlib.study.uncertainty import with_interval
 
 # The data sets of the pages, by the word that they use.
 SHOWN = {"digits": "digits", "colour": "cifar10_small"}
@@ -29,6 +32,7 @@ class Trajectory(NamedTuple):
         states: [N, B, C, H, W].
         denoised: D(x; t) at all times but the last, [N-1, B, C, H, W].
         labels: of the denoiser, or ``None``.
+        nfe: evaluations per sample, counted.
     """
 
     data: Dataset
@@ -36,6 +40,7 @@ class Trajectory(NamedTuple):
     states: torch.Tensor
     denoised: torch.Tensor
     labels: torch.Tensor | None
+    nfe: int
 
 
 @torch.no_grad()
@@ -49,158 +54,168 @@ def solve(dataset: str, seeds: Sequence[int], steps: int = 80, device=None) -> T
     sampler = Sampler(data.denoiser, x, times, make_solver("heun"), labels=labels)
     states, evaluations = sampler.run()
     denoised = torch.stack([found for found, _ in evaluations])
-    return Trajectory(data, times, torch.stack(states), denoised, labels)
+    return Trajectory(data, times, torch.stack(states), denoised, labels, sampler.nfe)
 
 
-class Looks(NamedTuple):
-    """One step from an exact state, with its second evaluation at every r of a grid.
+def images_of(data: Dataset, x: torch.Tensor, t: float = 0.0) -> torch.Tensor:
+    """States [B, C, H, W] at a time t as images in [0, 1]; noise is scaled to the same contrast."""
+    return fractions(data.to_images(x / (1 + t**2) ** 0.5).cpu())
 
-    Positions are coordinates in the plane of the solution during the step; errors are norms of
-    the difference to the solution at the step's end, in the plane and across it.
 
-    Attributes:
-        curve: the solution, [K, 2].
-        middle: where the second evaluation is made, [R, 2].
-        ends: where the step of a solver ends, [R, 2]; of those without r, [1, 2].
-        errors: the same of its errors, in the plane and across it.
+# --- from noise to an image ---------------------------------------------------------------------
+
+
+def still_ahead(found: Trajectory) -> np.ndarray:
+    """How far the network's guess D(x; t) is from where the trajectory ends, [N-1, B].
+
+    Relative to how far it is at the first time.
+    """
+    ahead = distance(found.denoised, found.states[-1]).cpu().numpy()
+    return ahead / ahead[0]
+
+
+def filmstrip(found: dict[str, Trajectory], columns: int) -> HTML:
+    """The first sample of every trajectory at some of its times, side by side: states alone."""
+    strips = []
+    for word, each in found.items():
+        places = np.linspace(0, len(each.times) - 1, columns).round().astype(int)
+        times = each.times.tolist()
+        film = torch.cat([images_of(each.data, each.states[i, :1], times[i]) for i in places])
+        says = f"{word}, from t = {times[0]:.3g} to {times[-1]:.3g}"
+        alt = f"{columns} pictures in a row ({word}): pure noise at the left turns into an image."
+        strips.append(piece([], [View([], {(): Frame(says, alt, mosaic(film, columns))})]).data)
+    return HTML("".join(strips))
+
+
+def noise_piece(found: dict[str, Trajectory]) -> HTML:
+    """States, and below them what the network makes of each, along t; and how far that is off."""
+    times = [f"{t:.3g}" for t in next(iter(found.values())).times[:-1]]
+    controls = [
+        Control("t", "Noise level t =", times, times[0], slides=True, plays=True),
+        Control("images", "Images", list(found), next(iter(found))),
+    ]
+    views, curves = {}, {}
+    for word, each in found.items():
+        ahead, t = still_ahead(each).mean(1), each.times[:-1].cpu().numpy()
+        for i, time in enumerate(times):
+            state = images_of(each.data, each.states[i], t[i])
+            both = torch.cat([state, images_of(each.data, each.denoised[i])])
+            says = f"t = {time}. Above: the states. Below: what the network sees in them."
+            alt = f"{len(state)} {word} states with noise of level {time}, and the guesses below."
+            views[time, word] = Frame(says, alt, mosaic(both, len(state)))
+            says = f"At t = {time} the guess still has {100 * ahead[i]:.3g} % of its way before it."
+            alt = f"A curve that falls from 100 % at the left; a line marks t = {time}. {says}"
+            lines = [(t, 100 * ahead), ([t[i]] * 2, [0, 100])]
+            # Noise falls from left to right.
+            curves[time, word] = Frame(
+                says, alt, lines=lines, ranges=(around(t, log=True)[::-1], (0.0, 105.0))
+            )
+    follows = [control.name for control in controls]
+    looks = [style("", "#0072B2", width=3), style("", "#888888", width=1)]
+    layout = axes("noise level t", "of the guess's way to the image (%)", "x")
+    return piece(controls, [View(follows, views), View(follows, curves, looks, layout)])
+
+
+# --- in a plane ---------------------------------------------------------------------------------
+
+
+def plane_piece(found: dict[str, Trajectory], shown: int = 20) -> HTML:
+    """Trajectories in the planes that fit them best, and what of a state is not in its plane."""
+    first = next(iter(found.values()))
+    places = np.linspace(0, len(first.times) - 1, shown + 1).round().astype(int)
+    times = [f"{first.times[i]:.3g}" for i in places]
+    paths = [str(i + 1) for i in range(first.states.shape[1])]
+    controls = [
+        Control("t", "Noise level t =", times, times[-1], slides=True),
+        Control("images", "Images", list(found), next(iter(found))),
+        Control("path", "Path", paths, paths[0]),
+        Control("axis", "Second axis", ["enlarged", "to scale"], "enlarged"),
+    ]
+    flat, parts = {}, {}
+    for word, each in found.items():
+        plane = theory.fit_plane(each.states)
+        points = plane.coordinates(each.states).cpu().numpy()
+        outside = plane.split(each.states - plane.origin)[1]
+        share = (theory.norm(outside) / theory.norm(each.states)).cpu().numpy()
+        wide, high = (around(points[..., axis]) for axis in (0, 1))
+        scale = {"enlarged": (wide, high), "to scale": (wide, wide)}
+        for time, i in zip(times, places, strict=True):
+            for j, path in enumerate(paths):
+                says = f"{100 * share[i, j]:.2g} % of the state's norm is outside its plane."
+                images = _outside(each, outside, i, j)
+                alt = f"Three {word} pictures at t = {time}: a state, its projection onto the "
+                alt += f"plane, and the difference. {says}"
+                parts[time, word, path] = Frame(
+                    f"State, its projection onto the plane, what is left: {says}", alt, images
+                )
+                lines = [tuple(points[:, other].T) for other in range(len(paths))]
+                lines += [tuple(points[:, j].T), ([points[i, j, 0]], [points[i, j, 1]])]
+                for axis, ranges in scale.items():
+                    alt = f"{len(paths)} paths of {word}, each a bent line in its own plane, much "
+                    alt += f"alike; path {path} has a dot at t = {time}. Second axis {axis}."
+                    flat[time, word, path, axis] = Frame("", alt, lines=lines, ranges=ranges)
+    looks = [style("", "#888888", width=1)] * len(paths)
+    looks += [style("", "#0072B2", width=3), style("", "#D55E00", width=0, marker="circle")]
+    layout = axes("first component (norm of the state)", "second component")
+    names = [control.name for control in controls]
+    return piece(controls, [View(names, flat, looks, layout), View(names[:3], parts)])
+
+
+def _outside(found: Trajectory, outside: torch.Tensor, i: int, j: int) -> str:
+    """A state, its projection, and their difference, where grey is nothing; all to one scale."""
+    state, left, t = found.states[i, [j]], outside[i, [j]], float(found.times[i])
+    rest = (left / (1 + t**2) ** 0.5 + 1) / 2
+    both = [images_of(found.data, x, t) for x in (state, state - left)]
+    return mosaic(torch.cat([*both, rest.cpu().float()]), 3)
+
+
+# --- samplers side by side ----------------------------------------------------------------------
+
+
+def samplers(dataset: str, nfes: Sequence[int]) -> pd.DataFrame:
+    """Solvers plain, with AFS, and with learned steps besides; columns method, nfe, run.
+
+    They are those of the paper's Table 9, and EDM's. ``method`` is what a reader chooses.
     """
 
-    curve: np.ndarray
-    middle: np.ndarray
-    ends: dict[str, np.ndarray]
-    errors: dict[str, np.ndarray]
+    def name(row):
+        learned = row["amed"] and row["method"] != "AMED-Solver"  # whose name says it
+        return row["method"] + ", AFS" * bool(row["afs"]) + ", learned r" * learned
 
-
-@torch.no_grad()
-def looks(found: Trajectory, interval: int, intervals: int, grid: Sequence[float]) -> Looks:
-    """One of ``intervals`` equal steps of the schedule; ``found`` has one sample."""
-    every = (len(found.times) - 1) // intervals
-    part = slice(interval * every, (interval + 1) * every + 1)
-    curve, times = found.states[part], found.times[part][[0, -1]]
-    plane = theory.fit_plane(curve)
-    pair = curve[[0, -1]].expand(-1, len(grid), -1, -1, -1)
-    labels = None if found.labels is None else found.labels.expand(len(grid), -1)
-    r = torch.tensor(grid, dtype=torch.float64, device=times.device)
-    how = found.data.denoiser, pair, times, 0
-    step = theory.exact_step(*how, make_solver("amed"), theory.at(r), labels)
-    heun = theory.exact_step(*how, make_solver("heun"), labels=labels)
-    # Solvers that differ in what they make of the same two evaluations.
-    ends = {
-        "DDIM": make_solver("euler").step(step.evaluations[:1], times[1], 1)[:1],
-        "EDM": heun.end[:1],
-        "DPM-Solver-2": make_solver("dpm2").step(step.evaluations, times[1], 2),
-        "AMED-Solver": step.end,
-    }
-
-    def flat(states):
-        return plane.coordinates(states).cpu().numpy()
-
-    def error(end):
-        parts = plane.split(end - curve[-1])
-        return torch.stack([theory.norm(part) for part in parts], dim=1).cpu().numpy()
-
-    return Looks(
-        flat(curve)[:, 0],
-        flat(step.evaluations[1].x),
-        {name: flat(end) for name, end in ends.items()},
-        {name: error(end) for name, end in ends.items()},
+    planned = plans.concat(
+        [plans.table(9, dataset, nfes, seeds=[0]), plans.table2(dataset, ["EDM"], nfes)]
     )
+    return planned.assign(method=planned.apply(name, axis=1))[["method", "nfe", "run"]]
 
 
-# What a reader of these pages knows solvers without a free r by, and their names in the tables.
-FIXED = {
-    "Euler, no second look": "DDIM",
-    "Heun, r = 1": "EDM",
-    "DPM-Solver-2, r = 0.5": "DPM-Solver-2",
-}
-MARKS = {"DDIM": "circle", "EDM": "square", "DPM-Solver-2": "diamond", "AMED-Solver": "star"}
-
-
-def of_solver(found: Looks, name: str, grid: Sequence[float]) -> int:
-    """Where among its ends a solver stands that has an r of its own."""
-    return list(grid).index(0.5) if name == "DPM-Solver-2" else 0
-
-
-def step_piece(found: dict[str, list[Looks]], grid: Sequence[float], step: int) -> HTML:
-    """One step with a slider for r: the plane of the solution, and the error in it and across it.
+def gallery(cells: pd.DataFrame, found: pd.DataFrame, unit: str, start: tuple[str, str]) -> HTML:
+    """The same latents by two samplers that a reader chooses, with a slider for the NFE.
 
     Args:
-        found: the steps of a trajectory, in their order, by what is sampled.
-        step: the one that is shown at first, from 1.
+        cells: images, rows methods and columns NFE, as ``pictures.draw_all`` returns them.
+        found: columns method, nfe, value, half: what is measured of them, in ``unit``.
+        start: the two that are shown at first.
     """
-    steps = [str(i + 1) for i in range(len(next(iter(found.values()))))]
-    places = [f"{r:.2f}" for r in grid]
+    nfes, methods = [str(nfe) for nfe in cells.columns], list(cells.index)
+    values = {
+        (row.method, row.nfe): with_interval(row.value, row.half) for row in found.itertuples()
+    }
+    frames = {}
+    for method in methods:
+        for nfe in cells.columns:
+            images = cells.loc[method, nfe]
+            value = values.get((method, nfe))
+            says = f"{unit} {value}" if value else f"{unit} not measured"
+            says = f"{method}, {nfe} evaluations: {says}."
+            if torch.is_tensor(images):
+                frame = Frame(says, f"{len(images)} images. {says}", mosaic(images, 2))
+            else:  # one transparent pixel
+                says = f"{method}, {nfe} evaluations: no predictor is stored."
+                frame = Frame(says, says, mosaic(torch.zeros(0, 1, 1, 1), 1))
+            frames[str(nfe), method] = frame
     controls = [
-        Control("r", "Second look at r =", places, "0.50", slides=True),
-        Control("images", "Images", list(found), next(iter(found))),
-        Control("step", "Step", steps, str(step)),
+        Control("nfe", "Evaluations =", nfes, nfes[1], slides=True),
+        Control("left", "Left", methods, start[0]),
+        Control("right", "Right", methods, start[1]),
     ]
-    plane, errors = {}, {}
-    for images, every in found.items():
-        for number, each in zip(steps, every, strict=True):
-            for i, place in enumerate(places):
-                key = (place, images, number)
-                plane[key], errors[key] = _plane_frame(each, grid, i), _error_frame(each, grid, i)
-    follows = [control.name for control in controls]
-    grey, ink = "#888888", LOOKS["AMED-Solver"][0]
-    marked = [
-        style(label, LOOKS[name][0], width=0, marker=MARKS[name]) for label, name in FIXED.items()
-    ]
-    ours = [
-        style("first look, followed to the second", ink, "dash", marker="x", last=True),
-        style("second look, followed for the step", ink, marker="star", last=True),
-    ]
-    flat = [style("the solution", grey, width=5), *marked, *ours]
-    whole = [style(label, LOOKS[name][0], "dash") for label, name in FIXED.items()]
-    mean = [
-        style("second look alone, free r", ink, width=3),
-        style("in the plane", "#0072B2"),
-        style("across it", "#009E73", "dot"),
-        style("", grey, width=1),
-    ]
-    length = "norm of the state"
-    return piece(
-        controls,
-        [
-            View(follows, plane, flat, axes(f"along the step ({length})", f"bend ({length})")),
-            View(follows, errors, [*whole, *mean], axes("r", f"error ({length})", "y")),
-        ],
-    )
-
-
-def _plane_frame(found: Looks, grid: Sequence[float], i: int) -> Frame:
-    start, end = found.curve[0], found.ends["AMED-Solver"][i]
-    others = [found.ends[name][[of_solver(found, name, grid)]] for name in FIXED.values()]
-    points = [found.curve, *others, np.stack([start, found.middle[i]]), np.stack([start, end])]
-    # The axes stay where they are while r moves.
-    every = [found.curve, found.middle, *others, found.ends["AMED-Solver"]]
-    ranges = tuple(around(*(each[:, axis] for each in every)) for axis in (0, 1))
-    says = (
-        f"r = {grid[i]:.2f}: the second look is at the cross, and the step ends at the star. "
-        "The thick line is where it should go."
-    )
-    alt = (
-        f"The plane of the solution during one step. A thick bent line is the solution; a star is "
-        f"where the step ends with r = {grid[i]:.2f}; circle, square and diamond are where Euler, "
-        "Heun and DPM-Solver-2 end."
-    )
-    return Frame(says, alt, lines=[tuple(each.T) for each in points], ranges=ranges)
-
-
-def _error_frame(found: Looks, grid: Sequence[float], i: int) -> Frame:
-    ours = found.errors["AMED-Solver"]
-    whole = np.hypot(*ours.T)
-    others = [
-        np.hypot(*found.errors[name][of_solver(found, name, grid)]) for name in FIXED.values()
-    ]
-    curves = [whole, *ours.T]
-    ends = around(*curves, others, log=True)
-    lines = [([0, 1], [other, other]) for other in others] + [(grid, curve) for curve in curves]
-    lines.append(([grid[i], grid[i]], 10 ** np.array(ends)))
-    named = "; ".join(f"{label}: {e:.3g}" for label, e in zip(FIXED, others, strict=True))
-    says = (
-        f"Error {whole[i]:.3g}: {ours[i, 0]:.3g} in the plane, {ours[i, 1]:.3g} across it. "
-        f"Smallest at r = {grid[whole.argmin()]:.2f}: {whole.min():.3g}. {named}."
-    )
-    alt = f"The error of the step against r, with a line at r = {grid[i]:.2f}. {says}"
-    return Frame(says, alt, lines=lines, ranges=((0.0, 1.0), ends))
+    return piece(controls, [View(["nfe", side], frames) for side in ("left", "right")])

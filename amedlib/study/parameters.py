@@ -92,6 +92,7 @@ PARAMETERS: dict[str, Callable] = {
     "cluster": _cluster,
     "results_dir": _results_dir,
     "n_images": _whole(1, 1000),
+    "compute": flag,
     "train": flag,
     "every_schedule": flag,
     "nfe": _whole(1, 1000),

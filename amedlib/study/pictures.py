@@ -46,6 +46,11 @@ def draw(
             context.labels(seeds),
         ).x
     ).cpu()
+    return fractions(images)
+
+
+def fractions(images: torch.Tensor) -> torch.Tensor:
+    """Images as a data set has them, bytes or in [-1, 1], in [0, 1]."""
     return images / 255 if images.dtype == torch.uint8 else (images + 1) / 2
 
 

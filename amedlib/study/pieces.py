@@ -111,15 +111,16 @@ def axes(x: str, y: str, log: str = "", **more) -> dict:
 def piece(controls: Sequence[Control], views: Sequence[View]) -> HTML:
     """Views side by side, or below one another where there is no room, and their controls above."""
     start = {control.name: control.start for control in controls}
-    boxes, content = [], []
+    boxes, content, sets = [], [], {}
     for view in views:
-        first = view.frames[tuple(start[name] for name in view.follows)]
-        boxes.append(_box(view, first))
-        frames = {"|".join(key): _slim(frame) for key, frame in view.frames.items()}
-        about = {"follows": view.follows, "frames": frames}
+        boxes.append(_box(view, view.frames[tuple(start[name] for name in view.follows)]))
+        # Views that show the same frames, each for its own controls, share them.
+        sets[id(view.frames)] = {"|".join(k): _slim(frame) for k, frame in view.frames.items()}
+        about = {"follows": view.follows, "frames": list(sets).index(id(view.frames))}
         content.append(about | {"data": view.data, "layout": view.layout} if view.layout else about)
+    content = {"views": content, "frames": list(sets.values())}
     # A script would end, or change its meaning, with some that begin with this sign.
-    text = json.dumps({"views": content}, separators=(",", ":")).replace("<", "\\u003c")
+    text = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
     return HTML(
         '<div class="lesson"><div class="controls" hidden>'
         + "".join(map(_control, controls))
@@ -194,7 +195,8 @@ def still(view: View, frame: Frame) -> bytes:
         ends = [10**end for end in limits] if log else limits
         ax.set(**{f"{axis}label": about["title"]["text"], f"{axis}scale": about["type"]})
         ax.set(**{f"{axis}lim": ends})
-    figure.legend(loc="outside upper left", ncols=2, fontsize=9)
+    if any(looks["name"] for looks in view.data):
+        figure.legend(loc="outside upper left", ncols=2, fontsize=9)
     file = io.BytesIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
@@ -215,13 +217,13 @@ def around(*values, room: float = 0.08, log: bool = False) -> tuple[float, float
 def mosaic(images: torch.Tensor, columns: int) -> str:
     """Images [B, C, H, W] in [0, 1] as one PNG in a data URI, a pixel for a pixel.
 
-    Between them, and where the last row has none, it is transparent.
+    Between them, and where there is none, it is transparent.
     """
     pixels = (images.clamp(0, 1) * 255).round().byte().expand(-1, 3, -1, -1)
     pixels = torch.cat([pixels, torch.full_like(pixels[:, :1], 255)], dim=1)
     high, wide = pixels.shape[2:]
     gap = max(1, wide // 16)
-    rows = -(-len(pixels) // columns)
+    rows = max(1, -(-len(pixels) // columns))
     canvas = torch.zeros(4, rows * (high + gap) - gap, columns * (wide + gap) - gap).byte()
     for i, image in enumerate(pixels):
         top, left = i // columns * (high + gap), i % columns * (wide + gap)

@@ -1,5 +1,7 @@
 """What the leaderboard says: the best of each kind, its cost, and what each freedom is worth."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pandas as pd
 from scipy import stats
@@ -10,7 +12,7 @@ from amedlib.study.execute import measure
 from amedlib.study.forecast import training_evaluations
 from amedlib.study.published import DISTANCES
 from amedlib.study.run import Result
-from amedlib.study.store import RESULTS, predictor_path
+from amedlib.study.store import RESULTS, load_result, predictor_path
 from amedlib.study.uncertainty import difference, estimates, with_interval
 from amedlib.trained import make_predictor
 
@@ -18,9 +20,61 @@ BEST = "best untrained"
 AMED = ("AMED-Solver", "AMED-Plugin")
 
 
+class Plans(NamedTuple):
+    """What a leaderboard is made of: plans, and the same on the latents that choose."""
+
+    untrained: pd.DataFrame
+    learned: pd.DataFrame
+    choice: pd.DataFrame
+    choice_of_learned: pd.DataFrame
+    not_run: str
+
+
+def plans_of(dataset: str, nfes, seeds, n_samples, metrics, compute=False, **how) -> Plans:
+    """The plans of a leaderboard: what the store has of them, or all of them, to be computed."""
+    which = {"metrics": metrics, "compute": compute} | how
+    alone = {"compute": compute} | how
+    untrained = leaderboard.untrained(dataset, nfes, n_samples)
+    learned = leaderboard.learned(dataset, nfes=nfes, seeds=seeds, n_samples=n_samples)
+    chosen = leaderboard.CHOICE
+    choice = kept(leaderboard.untrained(dataset, nfes, **chosen), **alone)
+    of_learned = kept(leaderboard.learned(dataset, nfes=nfes, seeds=seeds, **chosen), **alone)
+    left = kept(untrained, **which), kept(learned, **which)
+    said = [not_run(untrained, left[0]), not_run(learned, left[1])]
+    return Plans(*left, choice, of_learned, " ".join(filter(None, said)))
+
+
 def with_metric(planned: pd.DataFrame, metric: str) -> pd.DataFrame:
     """The same plan, measured otherwise."""
     return planned.assign(run=[run.with_metric(metric) for run in planned["run"]])
+
+
+CELL = ["method", "schedule", "afs", "nfe"]
+
+
+def kept(
+    planned: pd.DataFrame, metrics=("fd",), compute: bool = False, results_dir=RESULTS, **_
+) -> pd.DataFrame:
+    """The cells of a plan that the store has in full, by every metric; or all, to be computed."""
+    if compute:
+        return planned
+    there = [
+        all(load_result(run.with_metric(metric), results_dir) for metric in metrics)
+        for run in planned["run"]
+    ]
+    whole = planned.assign(there=there).groupby(CELL, sort=False)["there"].transform("all")
+    return planned[whole.to_numpy(dtype=bool)].reset_index(drop=True)
+
+
+def not_run(planned: pd.DataFrame, left: pd.DataFrame) -> str:
+    """A sentence on what ``kept`` left out; empty where that is nothing."""
+    missing = planned.merge(left[CELL].drop_duplicates(), how="left", indicator=True)
+    missing = missing[missing["_merge"] == "left_only"].drop_duplicates(CELL)
+    names = [
+        f"{name} at {' and '.join(map(str, rows['nfe'].unique()))}"
+        for name, rows in missing.groupby("method", sort=False)
+    ]
+    return f"Not run: {', '.join(names)}. `-p compute True` runs it." if names else ""
 
 
 def best(planned: pd.DataFrame, choice: pd.DataFrame, metric: str = "fd", **how) -> pd.DataFrame:
@@ -34,32 +88,25 @@ def best(planned: pd.DataFrame, choice: pd.DataFrame, metric: str = "fd", **how)
     Returns:
         The rows of the plan for these samplers, with ``result``.
     """
-    keys = ["method", "schedule", "afs", "nfe"]
-    found = measure(choice, **how)
+    found = measure(choice.merge(planned[CELL].drop_duplicates()), **how)
     found = found.assign(value=[result.value for result in found["result"]])
-    found = found.groupby(keys, sort=False)["value"].mean().reset_index()
-    first = found.loc[found.groupby("nfe")["value"].idxmin(), keys]
+    found = found.groupby(CELL, sort=False)["value"].mean().reset_index()
+    first = found.loc[found.groupby("nfe")["value"].idxmin(), CELL]
     return measure(with_metric(first.merge(planned), metric), **how)
 
 
-def best_untrained(dataset: str, nfes, n_samples=None, metric: str = "fd", **how) -> pd.DataFrame:
-    """``best`` of the untrained samplers, a row per NFE."""
-    planned = leaderboard.untrained(dataset, nfes, n_samples)
-    choice = leaderboard.untrained(dataset, nfes, **leaderboard.CHOICE)
-    return best(planned, choice, metric, **how)
-
-
-def candidates(dataset: str, nfes, seeds, n_samples=None, **how) -> pd.DataFrame:
+def candidates(plans: Plans, **how) -> pd.DataFrame:
     """The best sampler for each of ``leaderboard.NEEDS``; columns need, nfe, who, result."""
     found = []
     for need, names in leaderboard.NEEDS.items():
         if names:
-            planned = leaderboard.learned(dataset, names, nfes, seeds, n_samples)
-            choice = leaderboard.learned(dataset, names, nfes, seeds, **leaderboard.CHOICE)
-            each = best(planned, choice, **how)
+            of_need = plans.learned[plans.learned["method"].isin(names)]
+            if of_need.merge(plans.choice_of_learned[CELL]).empty:
+                continue  # there is nothing to choose by
+            each = best(of_need, plans.choice_of_learned, **how)
             each = each.assign(who=each["method"])
         else:
-            each = best_untrained(dataset, nfes, n_samples, **how)
+            each = best(plans.untrained, plans.choice, **how)
             each = each.assign(who=each.apply(label, axis=1))
         found.append(each.assign(need=need))
     return pd.concat(found, ignore_index=True)
@@ -71,9 +118,9 @@ def use_it(plugin: list[Result], others: pd.DataFrame) -> str:
     Args:
         plugin: its results, on the latents of the others.
         others: rows of ``candidates`` at the same NFE; by "no training" and by "a minute of
-            training" it is decided, corrected for these two.
+            training" it is decided, where they were run, corrected for these two.
     """
-    needs = ("no training", "a minute of training")
+    needs = [n for n in ("no training", "a minute of training") if n in set(others["need"])]
     found, names = {}, {}
     for need in needs:
         rows = others[others["need"] == need]
@@ -100,18 +147,14 @@ def label(row) -> str:
     return f"{row['method']}, {schedule}{', AFS' if row['afs'] else ''}"
 
 
-def standings(
-    dataset: str, nfes, seeds, n_samples=None, metric: str = "fd", names=None, **how
-) -> pd.DataFrame:
+def standings(plans: Plans, metric: str = "fd", **how) -> pd.DataFrame:
     """The best untrained sampler and the learned ones; columns method, nfe, value, half, who.
 
     ``who`` says which untrained sampler it is.
     """
-    first = best_untrained(dataset, nfes, n_samples, metric, **how)
+    first = best(plans.untrained, plans.choice, metric, **how)
     first = first.assign(who=first.apply(label, axis=1), method=BEST)
-    names = tuple(leaderboard.LEARNED) if names is None else names
-    plan = leaderboard.learned(dataset, names, nfes, seeds, n_samples)
-    learned = measure(with_metric(plan, metric), **how).assign(who="")
+    learned = measure(with_metric(plans.learned, metric), **how).assign(who="")
     return estimates(pd.concat([first, learned], ignore_index=True), by=("method", "nfe", "who"))
 
 

@@ -75,7 +75,7 @@
   }
 
   function begin(piece) {
-    const { views } = JSON.parse(piece.querySelector("script").textContent);
+    const { views, frames } = JSON.parse(piece.querySelector("script").textContent);
     const boxes = [...piece.querySelectorAll(".view")];
     const controls = [...piece.querySelectorAll("[name]")];
     const shown = [];
@@ -85,7 +85,7 @@
         const key = view.follows.map((name) => values[name]).join("|");
         if (shown[i] === key) return;
         shown[i] = key;
-        show(boxes[i], view, { key, ...view.frames[key] });
+        show(boxes[i], view, { key, ...frames[view.frames][key] });
       });
     };
     for (const control of controls) {

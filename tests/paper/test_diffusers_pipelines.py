@@ -4,6 +4,7 @@ All networks are tiny and random, in double precision.
 """
 
 import json
+from contextlib import nullcontext
 
 import diffusers
 import pytest
@@ -204,6 +205,33 @@ def test_latents_are_those_of_the_pipeline(name, tokenizer):
     else:
         with pytest.raises(ValueError, match="autoencoder must be a pipeline's for latents"):
             denoiser.decode(ours)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_sampler_inside_a_pipeline(name, tokenizer):
+    """In single precision, with AFS and a second evaluation, which the first input shows."""
+    build, arguments, _, evaluations, shape = MODELS[name]
+    torch.manual_seed(0)
+    pipeline = build(tokenizer).to(torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    denoiser = amedlib.from_diffusers(pipeline, **arguments)
+    times = amedlib.make_schedule("logsnr", 4, 0.05, 10.0)
+    how = amedlib.make_solver("ipndm"), True, amedlib.TimeWise(0.6)
+    scheduler = amedlib.to_diffusers(times, pipeline.scheduler, *how)
+    pipeline.scheduler, latents = scheduler, torch.randn(2, *shape)
+    count = scheduler.num_inference_steps
+    asked = {"latents": latents, "num_inference_steps": count, "output_type": "latent", **arguments}
+    own = name.startswith("SD") and name != "SD3"  # scales its input itself
+    with nullcontext() if own else scheduler.scaling(pipeline):
+        found = pipeline(PROMPTS, **asked)[0]
+    out = amedlib.sample(denoiser, latents, times, *how, labels=PROMPTS)
+    assert count == 5 and out.nfe == count * evaluations
+    assert abs(scheduler.first_scale - 1) > 0.02
+    tolerance = 1e-5 * float(out.x.abs().max())
+    torch.testing.assert_close(found, out.x.float(), rtol=0, atol=tolerance)
+    if not own:
+        with pytest.raises(ValueError, match="must be called within `with scheduler.scaling"):
+            pipeline(PROMPTS, **asked)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 
-from amedlib.study import claims, page, plans, tables
+from amedlib.study import claims, figures, page, plans, tables
 from amedlib.study.run import BLOCKS, Result, Run
 from amedlib.study.store import save_result
 from amedlib.study.uncertainty import Estimate, against_baseline
@@ -98,3 +98,29 @@ def test_a_table_shows_every_stored_training_of_a_cell(tmp_path):
     measured = claims.stored(planned[planned["amed"]], tmp_path)
     cells = tables.cells_table(6, claims.every_training(measured, tmp_path), "FD")
     assert cells.data["NFE 4", "FD"].item().startswith("6 ")
+
+
+def test_an_interval_that_reaches_zero_shows_its_trainings():
+    rows = pd.DataFrame(
+        [("AMED-Plugin", 5, 4.0, 0.8, [4.2, 3.8]), ("AMED-Plugin", 7, 5.5, 7.2, [7.6, 2.0, 6.9])],
+        columns=["method", "nfe", "value", "half", "trainings"],
+    )
+    (ax,) = figures.against_nfe({"ours": rows}, ["FD"]).axes
+    rings = [line for line in ax.lines if line.get_markerfacecolor() == "none"]
+    assert [list(line.get_ydata()) for line in rings] == [[7.6, 2.0, 6.9]]
+    bars = [path.vertices for each in ax.collections for path in each.get_paths()]
+    assert np.nanmin([b[:, 1].min() for b in bars]) == 4.0 - 0.8
+    assert page.trainings_drawn(rows).endswith("rings show the trainings: AMED-Plugin at NFE 7.")
+    assert page.trainings_drawn(rows[:1]) == ""
+
+
+def test_the_best_single_step_solver_is_told_per_schedule():
+    values = {"AMED-Solver": 3.0, "DPM-Solver-2": 2.0, "DDIM": 9.0, "EDM": 8.0, "iPNDM": 1.0}
+    planned = plans.on_schedule("logsnr")
+    planned = planned[planned["method"].isin(list(values)) & planned["nfe"].eq(5)]
+    results = [
+        SimpleNamespace(run=row.run, value=values[row.method], replicates=[1.0] * 10)
+        for row in planned.itertuples()
+    ]
+    (said,) = page.single_steps_in_words({"logsnr": planned.assign(result=results)})
+    assert said == "Best of the single-step solvers on the logSNR schedule: DPM-Solver-2 at NFE 5."

@@ -19,7 +19,7 @@ from amedlib.datasets.entries import Entry, describe
 from amedlib.study import claims, figures, plans, tables, verdicts
 from amedlib.study.execute import measure, run
 from amedlib.study.parameters import check
-from amedlib.study.published import ROWS, across_nfe, published, row_names
+from amedlib.study.published import ROWS, WORDS, across_nfe, published, row_names
 from amedlib.study.run import Result, Run
 from amedlib.study.store import load_result
 from amedlib.study.uncertainty import (
@@ -177,12 +177,23 @@ def benchmarks(path: Path) -> dict:
     return {k: v if k == "machine" else pd.DataFrame(v) for k, v in report.items()}
 
 
+def trainings_drawn(ours: pd.DataFrame) -> str:
+    """A sentence for captions of ``figures.against_nfe``: where trainings stand for an interval.
+
+    It begins with a space, to end a caption; it is empty where there are none.
+    """
+    rows = [f"{row.method} at NFE {row.nfe}" for row in figures.reach_zero(ours).itertuples()]
+    if not rows:
+        return ""
+    return f" Where an interval reaches zero, rings show the trainings: {', '.join(rows)}."
+
+
 def limits(dataset: str, n_samples: int, metric: str = "fd", **how) -> str:
     """Sentences for captions: the limit of the model, and the floor where one is known."""
     limit = run(plans.limit_run(dataset, n_samples, metric), **how)
     text = (
         f"EDM with {limit.run.nfe} NFE, all but the solution of the ODE, reaches "
-        f"{limit.value:.3g}: the limit of the model."
+        f"{limit.value:.3g}: the limit of the model. The model was trained on these images too."
     )
     if describe(dataset).floor:
         floor = run(plans.floor_runs(dataset)[metric], **how)
@@ -302,6 +313,22 @@ def differences_in_words(found: dict[str, Estimate]) -> list[str]:
         low, high = each.interval
         word = words[claims.verdict(each.value, p_value)]
         said.append(f"{what}: **{word}** ({with_interval(each.value, (high - low) / 2)}).")
+    return said
+
+
+def single_steps_in_words(frames: dict[str, pd.DataFrame]) -> list[str]:
+    """Per schedule, at which NFE AMED-Solver has the lowest mean of the single-step solvers.
+
+    Args:
+        frames: schedule to measured rows of ``plans.on_schedule``.
+    """
+    said, single = [], ("AMED-Solver", "DDIM", "DPM-Solver-2", "EDM")
+    for schedule, frame in frames.items():
+        means = estimates(frame[frame["method"].isin(single)])
+        first = means.loc[means.groupby("nfe")["value"].idxmin()]
+        each = [f"{row.method} at NFE {row.nfe}" for row in first.itertuples()]
+        name = WORDS.get(schedule, schedule)
+        said.append(f"Best of the single-step solvers on the {name} schedule: {', '.join(each)}.")
     return said
 
 

@@ -177,6 +177,11 @@ def benchmarks(path: Path) -> dict:
     return {k: v if k == "machine" else pd.DataFrame(v) for k, v in report.items()}
 
 
+def gpu_reports(results_dir: Path) -> dict[str, dict]:
+    """What ``python -m benchmarks gpu`` wrote, by machine; empty where it was not run."""
+    return {path.stem: benchmarks(path) for path in sorted((results_dir / "gpu").glob("*.json"))}
+
+
 def trainings_drawn(ours: pd.DataFrame) -> str:
     """A sentence for captions of ``figures.against_nfe``: where trainings stand for an interval.
 
@@ -274,16 +279,23 @@ def headline_numbers(ours: pd.DataFrame, judged: pd.DataFrame, nfe: int = 5) -> 
     return numbers
 
 
-def not_run(number: int, dataset: str, on: str):
-    """A table of the paper that was not run on a data set: its numbers, and what would run it."""
+def command_of(notebook: str, dataset: str) -> str:
+    """The command that runs a page on a data set, for captions."""
+    return (
+        f"`papermill notebooks/{notebook}.ipynb out.ipynb --stderr-file - -p dataset {dataset} "
+        "-p device cuda`"
+    )
+
+
+def not_run(number: int, on: str):
+    """A table of the paper that was not run: its numbers, and what would run it on its data."""
     rows = row_names(published(f"table{number}"), number)
     frame = across_nfe(rows, ROWS[number], "value")
     display(frame.style.format("{:.4g}", na_rep="–"))
     theirs = describe(rows["dataset"].iloc[0]).title
     caption(
-        f"Table {number}: the paper's FID on {theirs}. Not run on {describe(dataset).title}; to "
-        f"run it: `papermill notebooks/table{number}.ipynb out.ipynb --stderr-file - "
-        f"-p dataset {on}`"
+        f"Table {number}: the paper's FID on {theirs}. Not run here. On a GPU: "
+        f"{command_of('not_run', on)}"
     )
 
 

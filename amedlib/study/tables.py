@@ -192,8 +192,9 @@ def ledger_table(ledger: pd.DataFrame):
         return "<br>".join(lines + [f"<strong><small>{said}</small></strong>"] * bool(said))
 
     def evidence(source):
-        page = DATA.parent / "notebooks" / f"{source}.ipynb"
-        return f'<a href="{source}.html">{source}</a>' if page.is_file() else source
+        page = claims.page_of(source)
+        there = (DATA.parent / "notebooks" / f"{page}.ipynb").is_file()
+        return f'<a href="{page}.html">{source}</a>' if there else source
 
     frame = pd.DataFrame(
         {

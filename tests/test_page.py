@@ -87,6 +87,9 @@ def test_differences_of_all_headings_are_corrected_together():
     alone = tables.variants_table({"x": frame(gain)}, ["a"]).to_html()
     three = tables.variants_table({n: frame(gain) for n in "xyz"}, ["a"]).to_html()
     assert alone.count("✗") == 1 and three.count("✗") == 0 and three.count("? ") == 3
+    assert tables.variants_in_words({"x": frame(gain)}, ["a"]) == ["x: *b* **worse** than *a*."]
+    several = tables.variants_in_words({n: frame(gain) for n in "xyz"}, ["a"])
+    assert several[1] == "y: *b* **not to be told apart** from *a*."
 
 
 def test_a_table_shows_every_stored_training_of_a_cell(tmp_path):

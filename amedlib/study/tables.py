@@ -287,21 +287,42 @@ def variants_table(frames: dict[str, pd.DataFrame], baselines: list[str]):
         frames: heading to frame with columns variant, result; from ``paper.measure``.
         baselines: variants to take differences to.
     """
-    cells, differences = {}, {}
+    cells = {}
     for heading, frame in frames.items():
         values = estimates(frame, by=("variant",)).set_index("variant")
         cells[heading, "value"] = {
             variant: with_interval(row.value, row.half) for variant, row in values.iterrows()
         }
-        for baseline in baselines:
-            cells[heading, f"minus {baseline}"] = {}
-            for variant, found in against_baseline(frame, baseline).items():
-                differences[(heading, f"minus {baseline}"), variant] = found
-    said = marked(list(differences.values()))
-    for (column, variant), text in zip(differences, said, strict=True):
-        cells[column][variant] = text
+        cells |= {(heading, f"minus {baseline}"): {} for baseline in baselines}
+    for (heading, baseline, variant), text in variants_marked(frames, baselines).items():
+        cells[heading, f"minus {baseline}"][variant] = text
     order = next(iter(frames.values()))["variant"].unique()
     return pd.DataFrame(cells).reindex(order).fillna("–").style
+
+
+def variants_marked(frames: dict[str, pd.DataFrame], baselines: list[str]) -> dict[tuple, str]:
+    """Differences ``marked``, all of them together; by heading, baseline and variant."""
+    found = {
+        (heading, baseline, variant): each
+        for heading, frame in frames.items()
+        for baseline in baselines
+        for variant, each in against_baseline(frame, baseline).items()
+    }
+    return dict(zip(found, marked(list(found.values())), strict=True))
+
+
+def variants_in_words(frames: dict[str, pd.DataFrame], baselines: list[str]) -> list[str]:
+    """What ``variants_table`` says, a sentence per heading and baseline."""
+    words = {"✓": "**better** than", "✗": "**worse** than", "?": "**not to be told apart** from"}
+    groups: dict[tuple, dict[str, list[str]]] = {}
+    for (heading, baseline, variant), text in variants_marked(frames, baselines).items():
+        told = groups.setdefault((heading, baseline), {})
+        told.setdefault(words[text[0]], []).append(f"*{variant}*")
+    said = []
+    for (heading, baseline), told in groups.items():
+        each = [f"{' and '.join(names)} {word} *{baseline}*" for word, names in told.items()]
+        said.append(f"{heading}: {'; '.join(each)}.")
+    return said
 
 
 def learned_r_table(measured: pd.DataFrame) -> pd.DataFrame:

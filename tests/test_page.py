@@ -127,3 +127,12 @@ def test_the_best_single_step_solver_is_told_per_schedule():
     ]
     (said,) = page.single_steps_in_words({"logsnr": planned.assign(result=results)})
     assert said == "Best of the single-step solvers on the logSNR schedule: DPM-Solver-2 at NFE 5."
+
+
+def test_what_a_picture_of_the_plane_hides_is_said():
+    columns = ["error", "along the plane", "across it"]
+    errors = pd.DataFrame([[0.7, 0.2, 0.6], [0.5, 0.3, 0.4]], ["A", "B"], columns)
+    said = page.parts_in_words(errors)
+    assert said.startswith("In the plane A ends nearest (0.200), across it B (0.400), in all B")
+    assert said.endswith("Across it A is off by 0.600, B by 0.400; that decides.")
+    assert "picture" not in page.parts_in_words(errors[1:])

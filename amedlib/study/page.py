@@ -355,6 +355,27 @@ def components_in_words(result: Result) -> str:
     )
 
 
+def parts_in_words(errors: pd.DataFrame) -> str:
+    """Which solver ends a step nearest to the solution, in the plane, across it and in all.
+
+    Args:
+        errors: a row per solver; columns the error, and its parts along the plane and across it.
+    """
+    whole, along, across = (errors[name].idxmin() for name in errors)
+    values = [f"{errors[name].min():.3f}" for name in errors]
+    text = (
+        f"In the plane {along} ends nearest ({values[1]}), across it {across} ({values[2]}), in "
+        f"all {whole} ({values[0]})."
+    )
+    if whole != along:
+        name = errors.columns[2]
+        text += (
+            f" The picture shows the plane only. Across it {along} is off by "
+            f"{errors[name][along]:.3f}, {whole} by {errors[name][whole]:.3f}; that decides."
+        )
+    return text
+
+
 def search_in_words(curves: dict[str, dict]) -> str:
     """What the greedy search does to the end of the trajectory; curves of ``"grid_search"``."""
     ends = {name: (c["baseline"][-1], c["searched"][-1]) for name, c in curves.items()}

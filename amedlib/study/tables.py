@@ -280,6 +280,23 @@ def gain_table(found: pd.DataFrame) -> pd.DataFrame:
     return frame[[(nfe, name) for nfe in frame.columns.unique(0) for name in parts.values()]]
 
 
+def gains_in_words(found: pd.DataFrame) -> list[str]:
+    """What each part of ``audit.our_gains`` brings, a sentence per solver and NFE."""
+    parts = [*found["by_afs_found"], *found["by_step_found"]]
+    texts = marked(parts, better="higher")
+    words = {"✓": "**better**", "✗": "**worse**", "?": "**not to be told apart**"}
+    said = []
+    for row, afs, step in zip(
+        found.itertuples(), texts[: len(found)], texts[len(found) :], strict=True
+    ):
+        once = " (one training)" if np.isnan(row.by_step_found.training_error) else ""
+        said.append(
+            f"{row.solver} at {row.nfe} evaluations: with AFS {words[afs[0]]}, by {afs[2:]}; with "
+            f"the learned step on top {words[step[0]]}{once}, by {step[2:]}."
+        )
+    return said
+
+
 def variants_table(frames: dict[str, pd.DataFrame], baselines: list[str]):
     """Variants against baselines: for every frame the value and the paired differences, ``marked``.
 

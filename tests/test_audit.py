@@ -308,6 +308,14 @@ def test_gains_of_the_paper():
     assert table.loc[("CIFAR-10, 32x32", "DPM-Solver++(3M)"), ("NFE 5", "learned step")] == "−0.23"
 
 
+def test_afs_alone_against_a_learned_step_alone():
+    """By hand from Table 9: iPNDM on CIFAR-10 at 4, 6, 8 and 10 evaluations."""
+    found = audit.alone(audit.cells().query("table in [9, 10]"))
+    rows = found[found["dataset"] == "cifar10"]
+    assert rows["nfe"].tolist() == [4, 6, 8, 10]
+    assert (rows["with_afs"] < rows["with_step"]).all()
+
+
 @pytest.fixture
 def store(tmp_path, monkeypatch):
     """A store with iPNDM at 5 NFE, plain, with AFS and with both, and nothing else."""

@@ -136,3 +136,18 @@ def test_what_a_picture_of_the_plane_hides_is_said():
     assert said.startswith("In the plane A ends nearest (0.200), across it B (0.400), in all B")
     assert said.endswith("Across it A is off by 0.600, B by 0.400; that decides.")
     assert "picture" not in page.parts_in_words(errors[1:])
+
+
+def test_an_ablation_tells_its_widest_spread():
+    planned = plans.table(6, nfes=[4, 6], seeds=[0])
+    results = [
+        SimpleNamespace(run=row.run, value=value, replicates=[value] * 10)
+        for row in planned.itertuples()
+        for value in [64.0 if row.amed and row.nfe == 4 else 8.0 if row.r == 0.1 else 16.0]
+    ]
+    (said,) = page.spread_in_words(6, planned.assign(result=results))
+    assert said == (
+        "The rows differ most at NFE 4: from 8 (DPM-Solver-2, r = 0.1) to 64 (AMED-Plugin "
+        "(DPM-Solver-2))."
+    )
+    assert page.spread_in_words(9, planned) == []

@@ -204,9 +204,10 @@ def alignment(curves: dict[str, dict]) -> Figure:
         right.plot(steps, found["r"], **look(method))
     left.axhline(0, color="#888888", linewidth=1)
     left.set_yscale("symlog", linthresh=0.01)
-    left.set(ylabel="relative alignment (norm of the state)")
+    left.margins(y=0.1)  # no marker is cut off
+    left.set(ylabel="relative alignment")
     right.axhline(0.5, color="#888888", linestyle="--", linewidth=1)
-    right.set(ylabel="searched r", ylim=(0, 1))
+    right.set(ylabel="searched r", ylim=(-0.05, 1.05))
     for ax in (left, right):
         ax.set_xlabel("step")
         ax.xaxis.get_major_locator().set_params(integer=True)

@@ -155,7 +155,7 @@ def show_cells(
     unit = "endpoint error" if metric != "fd" else describe(dataset).feature_distance_name
     if metric == "fd":
         judged = claims.judge(f"table{number}", measured, how["results_dir"])
-        display_found(verdicts.of_a_page(judged))
+        display_found([*verdicts.of_a_page(judged), *spread_in_words(number, measured)])
     display(tables.cells_table(number, measured, unit))
     cells_caption(number, dataset, measured)
     if figure:
@@ -326,6 +326,33 @@ def differences_in_words(found: dict[str, Estimate]) -> list[str]:
         word = words[claims.verdict(each.value, p_value)]
         said.append(f"{what}: **{word}** ({with_interval(each.value, (high - low) / 2)}).")
     return said
+
+
+def spread_in_words(number: int, measured: pd.DataFrame) -> list[str]:
+    """At which NFE the rows of an ablation, Tables 3 to 7, differ most, and from what to what."""
+    if number not in range(3, 8):
+        return []
+    found = estimates(row_names(measured, number), by=[*ROWS[number], "nfe"])
+    ends = [
+        (rows["value"].max() / rows["value"].min(), nfe, rows)
+        for nfe, rows in found.groupby("nfe")
+        if len(rows) > 1
+    ]
+    if not ends:
+        return []
+    _, nfe, rows = max(ends, key=lambda each: each[0])
+    low, high = (rows.loc[i] for i in (rows["value"].idxmin(), rows["value"].idxmax()))
+    told = [
+        f"{with_interval(row['value'], row['half'])} ({_row_in_words(number, row)})"
+        for row in (low, high)
+    ]
+    return [f"The rows differ most at NFE {nfe}: from {told[0]} to {told[1]}."]
+
+
+def _row_in_words(number: int, row: pd.Series) -> str:
+    """What a row of a table is called: ``M = 2``, ``DPM-Solver-2, r = 0.3``."""
+    named = [f"{name} = {row[name]}" if name in ("r", "M") else row[name] for name in ROWS[number]]
+    return ", ".join(each for each in named if not each.endswith("= –"))
 
 
 def single_steps_in_words(frames: dict[str, pd.DataFrame]) -> list[str]:

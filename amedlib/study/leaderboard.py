@@ -207,7 +207,7 @@ def ways_to_r(dataset: str = "digits", nfes=(5, 7), seeds=SEEDS) -> pd.DataFrame
     return pd.DataFrame(planned)
 
 
-COUNTS = (2, 4, 8, 16, 32, 64, 128)
+COUNTS = (2, 4, 8, 16, 64)
 
 
 def few(dataset: str = "digits", nfes=(3, 5), seeds=SEEDS) -> pd.DataFrame:

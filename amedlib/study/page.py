@@ -266,10 +266,14 @@ def plugin_numbers(measured: pd.DataFrame, endpoint: pd.DataFrame) -> dict[str, 
 
 
 def headline_numbers(ours: pd.DataFrame, judged: pd.DataFrame, nfe: int = 5) -> dict[str, str]:
-    """Numbers for the book's first page: quality at one NFE, counts of corrected verdicts."""
+    """Numbers for the first page: quality at one NFE and at all, counts of corrected verdicts."""
     numbers = {
         f"table2_{row.method}": with_interval(row.value, row.half)
         for row in ours[ours["nfe"] == nfe].itertuples()
+    }
+    numbers |= {
+        f"table2_{row.method}_{row.nfe}": with_interval(row.value, row.half)
+        for row in ours.itertuples()
     }
     for claim, group in judged.groupby("id"):
         counts = group["verdict"].value_counts()

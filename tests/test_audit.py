@@ -308,6 +308,14 @@ def test_gains_of_the_paper():
     assert table.loc[("CIFAR-10, 32x32", "DPM-Solver++(3M)"), ("NFE 5", "learned step")] == "−0.23"
 
 
+def test_afs_alone_against_a_learned_step_alone():
+    """By hand from Table 9: iPNDM on CIFAR-10 at 4, 6, 8 and 10 evaluations."""
+    found = audit.alone(audit.cells().query("table in [9, 10]"))
+    rows = found[found["dataset"] == "cifar10"]
+    assert rows["nfe"].tolist() == [4, 6, 8, 10]
+    assert (rows["with_afs"] < rows["with_step"]).all()
+
+
 @pytest.fixture
 def store(tmp_path, monkeypatch):
     """A store with iPNDM at 5 NFE, plain, with AFS and with both, and nothing else."""
@@ -338,6 +346,9 @@ def test_what_is_stored_is_shown_and_the_rest_is_named(store):
     assert "AMED-Plugin (UniPC), AFS at 5" in missing and "iPNDM" not in missing
     only = planned[planned["method"] == "iPNDM"]
     assert audit.missing(only, measured) == "none"
+    (said,) = tables.gains_in_words(audit.our_gains(measured))
+    assert said.startswith("iPNDM at 5 evaluations: with AFS **better**, by 3.00 ± ")
+    assert "on top **not to be told apart** (one training), by −0.50 ± " in said
     shown = tables.gain_table(audit.our_gains(measured))
     # One training: its noise is not known, and nothing is decided.
     assert [text[0] for text in shown.loc[("digits, 8x8", "iPNDM")]] == ["✓", "?"]

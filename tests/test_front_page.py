@@ -63,15 +63,15 @@ def test_the_table_of_the_first_page_follows_the_ledger():
 
 
 @pytest.mark.parametrize(
-    "untrained, minute, begin",
+    "untrained, minute, answer",
     [
-        (-2, -3, "**Not as the paper trains it.**"),
-        (-2, 2, "**Not as the paper trains it.**"),
-        (2, 2, "**Yes.**"),
-        (0, 2, "**It cannot be told.**"),
+        (-2, -3, "Not as the paper trains it."),
+        (-2, 2, "Not as the paper trains it."),
+        (2, 2, "Yes."),
+        (0, 2, "It cannot be told."),
     ],
 )
-def test_whether_to_use_it_follows_from_differences(untrained, minute, begin):
+def test_whether_to_use_it_follows_from_differences(untrained, minute, answer):
     noise = 0.01 * np.random.default_rng(0).normal(size=(3, BLOCKS))
 
     def result(value, i):
@@ -85,7 +85,7 @@ def test_whether_to_use_it_follows_from_differences(untrained, minute, begin):
             "result": [result(5.0 + untrained, 1), result(5.0 + minute, 2)],
         }
     )
-    said = standings.use_it([result(5.0, 0)], others)
-    assert said.startswith(begin)
+    said, why = standings.use_it([result(5.0, 0)], others)
+    assert said == answer
     words = {-1: "worse than", 0: "not to be told apart from", 1: "better than"}
-    assert f"{words[np.sign(untrained)]} *A*" in said and f"{words[np.sign(minute)]} *B*" in said
+    assert f"{words[np.sign(untrained)]} “A”" in why and f"{words[np.sign(minute)]} “B”" in why

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 
-from amedlib.study import claims, page, plans, tables
+from amedlib.study import claims, figures, page, plans, tables
 from amedlib.study.run import BLOCKS, Result, Run
 from amedlib.study.store import save_result
 from amedlib.study.uncertainty import Estimate, against_baseline
@@ -87,6 +87,9 @@ def test_differences_of_all_headings_are_corrected_together():
     alone = tables.variants_table({"x": frame(gain)}, ["a"]).to_html()
     three = tables.variants_table({n: frame(gain) for n in "xyz"}, ["a"]).to_html()
     assert alone.count("✗") == 1 and three.count("✗") == 0 and three.count("? ") == 3
+    assert tables.variants_in_words({"x": frame(gain)}, ["a"]) == ["x: *b* **worse** than *a*."]
+    several = tables.variants_in_words({n: frame(gain) for n in "xyz"}, ["a"])
+    assert several[1] == "y: *b* **not to be told apart** from *a*."
 
 
 def test_a_table_shows_every_stored_training_of_a_cell(tmp_path):
@@ -98,3 +101,53 @@ def test_a_table_shows_every_stored_training_of_a_cell(tmp_path):
     measured = claims.stored(planned[planned["amed"]], tmp_path)
     cells = tables.cells_table(6, claims.every_training(measured, tmp_path), "FD")
     assert cells.data["NFE 4", "FD"].item().startswith("6 ")
+
+
+def test_an_interval_that_reaches_zero_shows_its_trainings():
+    rows = pd.DataFrame(
+        [("AMED-Plugin", 5, 4.0, 0.8, [4.2, 3.8]), ("AMED-Plugin", 7, 5.5, 7.2, [7.6, 2.0, 6.9])],
+        columns=["method", "nfe", "value", "half", "trainings"],
+    )
+    (ax,) = figures.against_nfe({"ours": rows}, ["FD"]).axes
+    rings = [line for line in ax.lines if line.get_markerfacecolor() == "none"]
+    assert [list(line.get_ydata()) for line in rings] == [[7.6, 2.0, 6.9]]
+    bars = [path.vertices for each in ax.collections for path in each.get_paths()]
+    assert np.nanmin([b[:, 1].min() for b in bars]) == 4.0 - 0.8
+    assert page.trainings_drawn(rows).endswith("rings show the trainings: AMED-Plugin at NFE 7.")
+    assert page.trainings_drawn(rows[:1]) == ""
+
+
+def test_the_best_single_step_solver_is_told_per_schedule():
+    values = {"AMED-Solver": 3.0, "DPM-Solver-2": 2.0, "DDIM": 9.0, "EDM": 8.0, "iPNDM": 1.0}
+    planned = plans.on_schedule("logsnr")
+    planned = planned[planned["method"].isin(list(values)) & planned["nfe"].eq(5)]
+    results = [
+        SimpleNamespace(run=row.run, value=values[row.method], replicates=[1.0] * 10)
+        for row in planned.itertuples()
+    ]
+    (said,) = page.single_steps_in_words({"logsnr": planned.assign(result=results)})
+    assert said == "Best of the single-step solvers on the logSNR schedule: DPM-Solver-2 at NFE 5."
+
+
+def test_what_a_picture_of_the_plane_hides_is_said():
+    columns = ["error", "along the plane", "across it"]
+    errors = pd.DataFrame([[0.7, 0.2, 0.6], [0.5, 0.3, 0.4]], ["A", "B"], columns)
+    said = page.parts_in_words(errors)
+    assert said.startswith("In the plane A ends nearest (0.200), across it B (0.400), in all B")
+    assert said.endswith("Across it A is off by 0.600, B by 0.400; that decides.")
+    assert "picture" not in page.parts_in_words(errors[1:])
+
+
+def test_an_ablation_tells_its_widest_spread():
+    planned = plans.table(6, nfes=[4, 6], seeds=[0])
+    results = [
+        SimpleNamespace(run=row.run, value=value, replicates=[value] * 10)
+        for row in planned.itertuples()
+        for value in [64.0 if row.amed and row.nfe == 4 else 8.0 if row.r == 0.1 else 16.0]
+    ]
+    (said,) = page.spread_in_words(6, planned.assign(result=results))
+    assert said == (
+        "The rows differ most at NFE 4: from 8 (DPM-Solver-2, r = 0.1) to 64 (AMED-Plugin "
+        "(DPM-Solver-2))."
+    )
+    assert page.spread_in_words(9, planned) == []

@@ -304,6 +304,22 @@ def papers_gains() -> pd.DataFrame:
     return gains(cells().query("table in [9, 10]"))
 
 
+def alone(cells: pd.DataFrame, solver: str = "iPNDM") -> pd.DataFrame:
+    """A solver with AFS alone beside the same with a learned step alone, where both are at an NFE.
+
+    Args:
+        cells: as in ``gains``.
+
+    Returns:
+        Columns dataset, nfe, with_afs, with_step.
+    """
+    rows = cells[(cells["solver"] == solver) & (cells["afs"] != cells["amed"])]
+    rows = rows.assign(kind=np.where(rows["afs"], "with_afs", "with_step"))
+    wide = rows.pivot_table(index=["dataset", "nfe"], columns="kind", values="value", sort=False)
+    wide = wide.reindex(columns=["with_afs", "with_step"]).dropna()
+    return wide.reset_index().rename_axis(columns=None)
+
+
 def stored_cells(planned: pd.DataFrame, results_dir=RESULTS) -> pd.DataFrame:
     """The rows of a plan whose results are in the store, with ``result``; computes nothing."""
     results = [load_result(what, results_dir) for what in planned["run"]]

@@ -102,6 +102,16 @@ def evaluation_flops(init_kwargs: dict) -> int:
     return counter.get_total_flops()
 
 
+# What ``python -m benchmarks gpu`` measures, of networks of the paper's sizes.
+GPU_PARTS = {
+    "rates": "Images per second of the network alone, at the largest batch that fits.",
+    "compiled": "The same with torch.compile.",
+    "training": "One batch of training AMED-Solver, three time points; memory beyond the weights.",
+    "overhead": "The sampling loop's time against that of the same network calls alone.",
+    "features": "Images per second of the network of FID.",
+}
+
+
 def on_gpu(processes: int, results_dir=RESULTS) -> pd.DataFrame:
     """What the small model of CIFAR-10 took of a card: its training, and its stored Table 2.
 

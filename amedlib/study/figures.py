@@ -69,11 +69,19 @@ def _log_scale(axes):
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
+def reach_zero(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows whose interval reaches zero, and so below a logarithmic axis."""
+    return rows[rows["half"] >= rows["value"]] if "half" in rows else rows[:0]
+
+
 def against_nfe(panels: dict[str, pd.DataFrame], ylabels, levels=None) -> Figure:
     """A panel per frame: a quality against NFE for every method, with 95 % intervals.
 
+    An interval that reaches zero has no place on a logarithmic axis: ``reach_zero`` says which;
+    there the trainings are drawn, a small ring each.
+
     Args:
-        panels: title to frame with columns method, nfe, value and, where known, half.
+        panels: title to frame with columns method, nfe, value and, where known, half, trainings.
         ylabels: label of each panel's y axis, with its unit.
         levels: title to (label, value) of a line across the panel.
     """
@@ -81,8 +89,12 @@ def against_nfe(panels: dict[str, pd.DataFrame], ylabels, levels=None) -> Figure
     for (title, frame), label, ax in zip(panels.items(), ylabels, axes[0], strict=True):
         for method, rows in frame.groupby("method", sort=False):
             rows = rows.sort_values("nfe")
-            bars = rows["half"] if "half" in rows else None
+            beyond = reach_zero(rows)
+            bars = rows["half"].mask(rows.index.isin(beyond.index)) if "half" in rows else None
             ax.errorbar(rows["nfe"], rows["value"], bars, capsize=2, label=method, **look(method))
+            for row in beyond.itertuples():
+                rings = look(method) | {"marker": "o", "markerfacecolor": "none", "markersize": 4}
+                ax.plot([row.nfe] * len(row.trainings), row.trainings, linestyle="none", **rings)
         if levels and title in levels:
             label_of_level, level = levels[title]
             ax.axhline(level, color="#888888", linestyle=":", label=label_of_level)
@@ -192,9 +204,10 @@ def alignment(curves: dict[str, dict]) -> Figure:
         right.plot(steps, found["r"], **look(method))
     left.axhline(0, color="#888888", linewidth=1)
     left.set_yscale("symlog", linthresh=0.01)
-    left.set(ylabel="relative alignment (norm of the state)")
+    left.margins(y=0.1)  # no marker is cut off
+    left.set(ylabel="relative alignment")
     right.axhline(0.5, color="#888888", linestyle="--", linewidth=1)
-    right.set(ylabel="searched r", ylim=(0, 1))
+    right.set(ylabel="searched r", ylim=(-0.05, 1.05))
     for ax in (left, right):
         ax.set_xlabel("step")
         ax.xaxis.get_major_locator().set_params(integer=True)

@@ -19,7 +19,7 @@ from amedlib.datasets.entries import Entry, describe
 from amedlib.study import claims, figures, plans, tables, verdicts
 from amedlib.study.execute import measure, run
 from amedlib.study.parameters import check
-from amedlib.study.published import ROWS, across_nfe, published, row_names
+from amedlib.study.published import ROWS, WORDS, across_nfe, published, row_names
 from amedlib.study.run import Result, Run
 from amedlib.study.store import load_result
 from amedlib.study.uncertainty import (
@@ -155,7 +155,7 @@ def show_cells(
     unit = "endpoint error" if metric != "fd" else describe(dataset).feature_distance_name
     if metric == "fd":
         judged = claims.judge(f"table{number}", measured, how["results_dir"])
-        display_found(verdicts.of_a_page(judged))
+        display_found([*verdicts.of_a_page(judged), *spread_in_words(number, measured)])
     display(tables.cells_table(number, measured, unit))
     cells_caption(number, dataset, measured)
     if figure:
@@ -177,12 +177,28 @@ def benchmarks(path: Path) -> dict:
     return {k: v if k == "machine" else pd.DataFrame(v) for k, v in report.items()}
 
 
+def gpu_reports(results_dir: Path) -> dict[str, dict]:
+    """What ``python -m benchmarks gpu`` wrote, by machine; empty where it was not run."""
+    return {path.stem: benchmarks(path) for path in sorted((results_dir / "gpu").glob("*.json"))}
+
+
+def trainings_drawn(ours: pd.DataFrame) -> str:
+    """A sentence for captions of ``figures.against_nfe``: where trainings stand for an interval.
+
+    It begins with a space, to end a caption; it is empty where there are none.
+    """
+    rows = [f"{row.method} at NFE {row.nfe}" for row in figures.reach_zero(ours).itertuples()]
+    if not rows:
+        return ""
+    return f" Where an interval reaches zero, rings show the trainings: {', '.join(rows)}."
+
+
 def limits(dataset: str, n_samples: int, metric: str = "fd", **how) -> str:
     """Sentences for captions: the limit of the model, and the floor where one is known."""
     limit = run(plans.limit_run(dataset, n_samples, metric), **how)
     text = (
         f"EDM with {limit.run.nfe} NFE, all but the solution of the ODE, reaches "
-        f"{limit.value:.3g}: the limit of the model."
+        f"{limit.value:.3g}: the limit of the model. The model was trained on these images too."
     )
     if describe(dataset).floor:
         floor = run(plans.floor_runs(dataset)[metric], **how)
@@ -250,10 +266,14 @@ def plugin_numbers(measured: pd.DataFrame, endpoint: pd.DataFrame) -> dict[str, 
 
 
 def headline_numbers(ours: pd.DataFrame, judged: pd.DataFrame, nfe: int = 5) -> dict[str, str]:
-    """Numbers for the book's first page: quality at one NFE, counts of corrected verdicts."""
+    """Numbers for the first page: quality at one NFE and at all, counts of corrected verdicts."""
     numbers = {
         f"table2_{row.method}": with_interval(row.value, row.half)
         for row in ours[ours["nfe"] == nfe].itertuples()
+    }
+    numbers |= {
+        f"table2_{row.method}_{row.nfe}": with_interval(row.value, row.half)
+        for row in ours.itertuples()
     }
     for claim, group in judged.groupby("id"):
         counts = group["verdict"].value_counts()
@@ -263,16 +283,23 @@ def headline_numbers(ours: pd.DataFrame, judged: pd.DataFrame, nfe: int = 5) -> 
     return numbers
 
 
-def not_run(number: int, dataset: str, on: str):
-    """A table of the paper that was not run on a data set: its numbers, and what would run it."""
+def command_of(notebook: str, dataset: str) -> str:
+    """The command that runs a page on a data set, for captions."""
+    return (
+        f"`papermill notebooks/{notebook}.ipynb out.ipynb --stderr-file - -p dataset {dataset} "
+        "-p device cuda`"
+    )
+
+
+def not_run(number: int, on: str):
+    """A table of the paper that was not run: its numbers, and what would run it on its data."""
     rows = row_names(published(f"table{number}"), number)
     frame = across_nfe(rows, ROWS[number], "value")
     display(frame.style.format("{:.4g}", na_rep="–"))
     theirs = describe(rows["dataset"].iloc[0]).title
     caption(
-        f"Table {number}: the paper's FID on {theirs}. Not run on {describe(dataset).title}; to "
-        f"run it: `papermill notebooks/table{number}.ipynb out.ipynb --stderr-file - "
-        f"-p dataset {on}`"
+        f"Table {number}: the paper's FID on {theirs}. Not run here. On a GPU: "
+        f"{command_of('not_run', on)}"
     )
 
 
@@ -305,6 +332,49 @@ def differences_in_words(found: dict[str, Estimate]) -> list[str]:
     return said
 
 
+def spread_in_words(number: int, measured: pd.DataFrame) -> list[str]:
+    """At which NFE the rows of an ablation, Tables 3 to 7, differ most, and from what to what."""
+    if number not in range(3, 8):
+        return []
+    found = estimates(row_names(measured, number), by=[*ROWS[number], "nfe"])
+    ends = [
+        (rows["value"].max() / rows["value"].min(), nfe, rows)
+        for nfe, rows in found.groupby("nfe")
+        if len(rows) > 1
+    ]
+    if not ends:
+        return []
+    _, nfe, rows = max(ends, key=lambda each: each[0])
+    low, high = (rows.loc[i] for i in (rows["value"].idxmin(), rows["value"].idxmax()))
+    told = [
+        f"{with_interval(row['value'], row['half'])} ({_row_in_words(number, row)})"
+        for row in (low, high)
+    ]
+    return [f"The rows differ most at NFE {nfe}: from {told[0]} to {told[1]}."]
+
+
+def _row_in_words(number: int, row: pd.Series) -> str:
+    """What a row of a table is called: ``M = 2``, ``DPM-Solver-2, r = 0.3``."""
+    named = [f"{name} = {row[name]}" if name in ("r", "M") else row[name] for name in ROWS[number]]
+    return ", ".join(each for each in named if not each.endswith("= –"))
+
+
+def single_steps_in_words(frames: dict[str, pd.DataFrame]) -> list[str]:
+    """Per schedule, at which NFE AMED-Solver has the lowest mean of the single-step solvers.
+
+    Args:
+        frames: schedule to measured rows of ``plans.on_schedule``.
+    """
+    said, single = [], ("AMED-Solver", "DDIM", "DPM-Solver-2", "EDM")
+    for schedule, frame in frames.items():
+        means = estimates(frame[frame["method"].isin(single)])
+        first = means.loc[means.groupby("nfe")["value"].idxmin()]
+        each = [f"{row.method} at NFE {row.nfe}" for row in first.itertuples()]
+        name = WORDS.get(schedule, schedule)
+        said.append(f"Best of the single-step solvers on the {name} schedule: {', '.join(each)}.")
+    return said
+
+
 def components_in_words(result: Result) -> str:
     """How many components a trajectory needs; of the metric ``"trajectory_pca"``."""
     shares = [100 * share for share in result.curves["cumulative_variance"][:3]]
@@ -314,6 +384,27 @@ def components_in_words(result: Result) -> str:
         f"{three}.** That two explain more than 99 % therefore says nothing of a plane: one does. "
         "What tells a plane from a line is how small the rest is, on the left."
     )
+
+
+def parts_in_words(errors: pd.DataFrame) -> str:
+    """Which solver ends a step nearest to the solution, in the plane, across it and in all.
+
+    Args:
+        errors: a row per solver; columns the error, and its parts along the plane and across it.
+    """
+    whole, along, across = (errors[name].idxmin() for name in errors)
+    values = [f"{errors[name].min():.3f}" for name in errors]
+    text = (
+        f"In the plane {along} ends nearest ({values[1]}), across it {across} ({values[2]}), in "
+        f"all {whole} ({values[0]})."
+    )
+    if whole != along:
+        name = errors.columns[2]
+        text += (
+            f" The picture shows the plane only. Across it {along} is off by "
+            f"{errors[name][along]:.3f}, {whole} by {errors[name][whole]:.3f}; that decides."
+        )
+    return text
 
 
 def search_in_words(curves: dict[str, dict]) -> str:

@@ -112,13 +112,16 @@ def candidates(plans: Plans, **how) -> pd.DataFrame:
     return pd.concat(found, ignore_index=True)
 
 
-def use_it(plugin: list[Result], others: pd.DataFrame) -> str:
+def use_it(plugin: list[Result], others: pd.DataFrame) -> tuple[str, str]:
     """Whether to use AMED-Plugin as the paper trains it: against what needs no more than it does.
 
     Args:
         plugin: its results, on the latents of the others.
         others: rows of ``candidates`` at the same NFE; by "no training" and by "a minute of
             training" it is decided, where they were run, corrected for these two.
+
+    Returns:
+        The answer, and why.
     """
     needs = [n for n in ("no training", "a minute of training") if n in set(others["need"])]
     found, names = {}, {}
@@ -130,7 +133,7 @@ def use_it(plugin: list[Result], others: pd.DataFrame) -> str:
     verdicts = [claims.verdict(e.value, p) for e, p in zip(found.values(), corrected, strict=True)]
     words = {"holds": "better than", "does not hold": "worse than"}
     said = [
-        f"{words.get(verdict, 'not to be told apart from')} *{names[need]}* ({need})"
+        f"{words.get(verdict, 'not to be told apart from')} “{names[need]}” ({need})"
         for need, verdict in zip(needs, verdicts, strict=True)
     ]
     if "does not hold" in verdicts:
@@ -138,7 +141,7 @@ def use_it(plugin: list[Result], others: pd.DataFrame) -> str:
     else:
         answer = "Yes" if set(verdicts) == {"holds"} else "It cannot be told"
     nfe = plugin[0].run.nfe
-    return f"**{answer}.** At {nfe} evaluations AMED-Plugin is {', and '.join(said)}."
+    return f"{answer}.", f"At {nfe} evaluations AMED-Plugin is {', and '.join(said)}."
 
 
 def label(row) -> str:

@@ -192,8 +192,9 @@ def ledger_table(ledger: pd.DataFrame):
         return "<br>".join(lines + [f"<strong><small>{said}</small></strong>"] * bool(said))
 
     def evidence(source):
-        page = DATA.parent / "notebooks" / f"{source}.ipynb"
-        return f'<a href="{source}.html">{source}</a>' if page.is_file() else source
+        page = claims.page_of(source)
+        there = (DATA.parent / "notebooks" / f"{page}.ipynb").is_file()
+        return f'<a href="{page}.html">{source}</a>' if there else source
 
     frame = pd.DataFrame(
         {
@@ -279,6 +280,23 @@ def gain_table(found: pd.DataFrame) -> pd.DataFrame:
     return frame[[(nfe, name) for nfe in frame.columns.unique(0) for name in parts.values()]]
 
 
+def gains_in_words(found: pd.DataFrame) -> list[str]:
+    """What each part of ``audit.our_gains`` brings, a sentence per solver and NFE."""
+    parts = [*found["by_afs_found"], *found["by_step_found"]]
+    texts = marked(parts, better="higher")
+    words = {"✓": "**better**", "✗": "**worse**", "?": "**not to be told apart**"}
+    said = []
+    for row, afs, step in zip(
+        found.itertuples(), texts[: len(found)], texts[len(found) :], strict=True
+    ):
+        once = " (one training)" if np.isnan(row.by_step_found.training_error) else ""
+        said.append(
+            f"{row.solver} at {row.nfe} evaluations: with AFS {words[afs[0]]}, by {afs[2:]}; with "
+            f"the learned step on top {words[step[0]]}{once}, by {step[2:]}."
+        )
+    return said
+
+
 def variants_table(frames: dict[str, pd.DataFrame], baselines: list[str]):
     """Variants against baselines: for every frame the value and the paired differences, ``marked``.
 
@@ -286,21 +304,42 @@ def variants_table(frames: dict[str, pd.DataFrame], baselines: list[str]):
         frames: heading to frame with columns variant, result; from ``paper.measure``.
         baselines: variants to take differences to.
     """
-    cells, differences = {}, {}
+    cells = {}
     for heading, frame in frames.items():
         values = estimates(frame, by=("variant",)).set_index("variant")
         cells[heading, "value"] = {
             variant: with_interval(row.value, row.half) for variant, row in values.iterrows()
         }
-        for baseline in baselines:
-            cells[heading, f"minus {baseline}"] = {}
-            for variant, found in against_baseline(frame, baseline).items():
-                differences[(heading, f"minus {baseline}"), variant] = found
-    said = marked(list(differences.values()))
-    for (column, variant), text in zip(differences, said, strict=True):
-        cells[column][variant] = text
+        cells |= {(heading, f"minus {baseline}"): {} for baseline in baselines}
+    for (heading, baseline, variant), text in variants_marked(frames, baselines).items():
+        cells[heading, f"minus {baseline}"][variant] = text
     order = next(iter(frames.values()))["variant"].unique()
     return pd.DataFrame(cells).reindex(order).fillna("–").style
+
+
+def variants_marked(frames: dict[str, pd.DataFrame], baselines: list[str]) -> dict[tuple, str]:
+    """Differences ``marked``, all of them together; by heading, baseline and variant."""
+    found = {
+        (heading, baseline, variant): each
+        for heading, frame in frames.items()
+        for baseline in baselines
+        for variant, each in against_baseline(frame, baseline).items()
+    }
+    return dict(zip(found, marked(list(found.values())), strict=True))
+
+
+def variants_in_words(frames: dict[str, pd.DataFrame], baselines: list[str]) -> list[str]:
+    """What ``variants_table`` says, a sentence per heading and baseline."""
+    words = {"✓": "**better** than", "✗": "**worse** than", "?": "**not to be told apart** from"}
+    groups: dict[tuple, dict[str, list[str]]] = {}
+    for (heading, baseline, variant), text in variants_marked(frames, baselines).items():
+        told = groups.setdefault((heading, baseline), {})
+        told.setdefault(words[text[0]], []).append(f"*{variant}*")
+    said = []
+    for (heading, baseline), told in groups.items():
+        each = [f"{' and '.join(names)} {word} *{baseline}*" for word, names in told.items()]
+        said.append(f"{heading}: {'; '.join(each)}.")
+    return said
 
 
 def learned_r_table(measured: pd.DataFrame) -> pd.DataFrame:

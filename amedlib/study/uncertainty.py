@@ -150,7 +150,8 @@ def difference(
 
 
 def estimates(measured: pd.DataFrame, by=("method", "nfe")) -> pd.DataFrame:
-    """Means over training seeds: columns ``by``, value, low, high, half and the Estimate itself."""
+    """Means over training seeds: columns ``by``, value, low, high, half, the Estimate itself, and
+    ``trainings``, the values that the mean is of."""
     rows = []
     for key, group in measured.groupby(list(by), sort=False, dropna=False):
         found = estimate(group["result"].tolist())
@@ -163,6 +164,7 @@ def estimates(measured: pd.DataFrame, by=("method", "nfe")) -> pd.DataFrame:
                 "high": high,
                 "half": (high - low) / 2,
                 "estimate": found,
+                "trainings": [result.value for result in group["result"]],
             }
         )
     return pd.DataFrame(rows)

@@ -235,7 +235,7 @@ def recommended_table(found: pd.DataFrame):
     frame = found.assign(cell=cells).pivot(index="need", columns="nfe", values="cell")
     frame = frame.reindex(found["need"].unique())[list(found["nfe"].unique())]
     frame.index.name = frame.columns.name = None
-    return frame.style
+    return frame.fillna("not run").style
 
 
 def marked(found: list[Estimate], better: str = "lower") -> list[str]:

@@ -87,9 +87,8 @@ class Training(Method):
             (the soft teacher of LD3); zero is off. Before every pass but the first each latent
             moves downhill by a quarter of it, and stays where that brings its end no nearer.
         optimizer: ``"adam"``, or ``"lbfgs"``, which takes all trajectories at once, with ten
-            iterations in every pass. It needs no learning rate, and finds the scale of every
-            freedom by itself: the end moves by orders of magnitude more with an early coefficient
-            than with a late time.
+            iterations in every pass. It needs no learning rate: it finds by itself how much the
+            end moves with each freedom.
         start: where the student starts a step, ``"student"`` or ``"teacher"``.
         images: trajectories seen in training; a whole number of batches is used.
         batch: trajectories per update; every batch makes one update per step, or only one with the

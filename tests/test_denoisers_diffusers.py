@@ -48,6 +48,18 @@ def make(name, **config):
         return getattr(diffusers, name)(**config).double()
 
 
+def small_coder():
+    """An autoencoder that halves the sides of images, with four channels between."""
+    return make(
+        "AutoencoderKL",
+        block_out_channels=(32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        scaling_factor=0.4,
+    )
+
+
 @pytest.fixture(scope="module")
 def unet():
     return make("UNet2DModel", **PLAIN)
@@ -450,14 +462,7 @@ def test_an_unconditional_pipeline_makes_the_same_images(unet):
 
 
 def test_a_guided_pipeline_of_classes_makes_the_same_images():
-    coder = make(
-        "AutoencoderKL",
-        block_out_channels=(32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        scaling_factor=0.4,
-    )
+    coder = small_coder()
     network = make("DiTTransformer2DModel", **ON_IMAGES, out_channels=8)
     scheduler = diffusers.DPMSolverMultistepScheduler(final_sigmas_type="sigma_min")
     pipeline = diffusers.DiTPipeline(network, coder, scheduler)

@@ -12,7 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from test_denoisers_diffusers import ON_IMAGES, PLAIN, make, theirs
+from test_denoisers_diffusers import ON_IMAGES, PLAIN, make, small_coder, theirs
 
 import amedlib
 from amedlib.freedoms import FREEDOMS, LearnedTable
@@ -159,14 +159,7 @@ def test_what_is_trained_goes_with_its_pipeline(pipeline, tmp_path):
 
 def test_a_guided_pipeline_that_scales_its_input_begins_with_any_scale():
     """Here by AFS with less than the noise; the network has learned variances besides."""
-    coder = make(
-        "AutoencoderKL",
-        block_out_channels=(32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        scaling_factor=0.4,
-    ).float()
+    coder = small_coder().float()
     network = make("DiTTransformer2DModel", **ON_IMAGES, out_channels=8).float()
     pipeline = diffusers.DiTPipeline(network, coder, diffusers.DDPMScheduler())
     pipeline.set_progress_bar_config(disable=True)

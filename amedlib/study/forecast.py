@@ -39,29 +39,36 @@ class _Counter:
         return (x, x.new_zeros(len(x), 1, 1, 1)) if return_bottleneck else x
 
 
-def training_evaluations(training: Training) -> int:
+def training_evaluations(training: Training, gradients: int | None = None) -> int:
     """Network evaluations of a whole training, of teacher and student, counted on one trajectory.
 
     Those of the student are differentiated: all of them for the objective ``"endpoint"``, else the
-    second one of each step.
+    second one of each step. Of a search those of the teacher's trajectory.
+
+    Args:
+        gradients: that L-BFGS took, as its predictor's file says; about ``LBFGS_GRADIENTS`` in
+            every pass unless given. Other trainings take as many as they have batches.
     """
     if training.objective == "search":
         return (FINE - 1) * training.images
     # The seed changes nothing here, and most trainings differ in it alone.
-    each = _per_trajectory(json.dumps(asdict(replace(training, seed=0))))
+    each = _per_trajectory(json.dumps(asdict(replace(training, seed=0))), gradients)
     batch = training.images if training.whole else training.batch
     return each * -(-training.images // batch) * batch
 
 
 @cache
-def _per_trajectory(training: str) -> int:
+def _per_trajectory(training: str, gradients: int | None) -> int:
     counter = _Counter()
     trainer, one = (
         Trainer(counter, Training(**json.loads(training)), (1, 1, 1)),
         torch.ones(1, 1, 1, 1),
     )
     config = trainer.config
-    gradients = config.passes * (LBFGS_GRADIENTS if config.whole else 1)
+    if not config.whole:
+        gradients = config.passes
+    elif gradients is None:
+        gradients = config.passes * LBFGS_GRADIENTS
     end = trainer.end(one) if gradients > 1 else None
     for _ in range(gradients):
         for _ in trainer.losses(one, end=end):

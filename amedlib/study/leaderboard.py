@@ -7,7 +7,7 @@ import pandas as pd
 
 from amedlib.checks import different
 from amedlib.datasets.entries import describe
-from amedlib.recipes import PRESETS
+from amedlib.recipes import PRESETS, makes_second_evaluation
 from amedlib.sampling import num_steps_for
 from amedlib.solvers import make_solver
 from amedlib.study import plans
@@ -69,18 +69,15 @@ LEARNED = {
 # nothing.
 NEEDS = {
     "no training": (),
-    "a minute of training": tuple(n for n, row in LEARNED.items() if "freedoms" in row.predictor),
+    "a minute of training": tuple(n for n in LEARNED if not n.startswith(("AMED", "EPD"))),
     "a network on the bottleneck": tuple(n for n in LEARNED if n.startswith("AMED")),
+    "evaluations side by side": tuple(n for n in LEARNED if n.startswith("EPD")),
 }
-PARALLEL = tuple(name for name in LEARNED if name.startswith("EPD"))
-NEEDS["a minute of training"] = tuple(n for n in NEEDS["a minute of training"] if n not in PARALLEL)
-NEEDS["evaluations side by side"] = PARALLEL
 
 
 def can_have(row: Row, nfe: int, dataset: str) -> bool:
     """Whether a method can make this number of evaluations."""
-    freedoms = row.predictor.get("freedoms", ("r",))
-    middle = row.learned and (row.predictor.get("form") != "table" or "r" in freedoms)
+    middle = row.learned and makes_second_evaluation(**row.predictor)
     per_call = describe(dataset).evaluations_per_call
     try:
         num_steps_for(nfe, make_solver(row.solver, **row.options), row.afs, middle, per_call)
@@ -115,7 +112,6 @@ def learned(
     nfes=NFES,
     seeds=SEEDS,
     n_samples: int | None = None,
-    schedule: str | None = None,
     first_seed: int = 0,
     **predictor,
 ) -> pd.DataFrame:
@@ -124,14 +120,12 @@ def learned(
     With AFS, but where two evaluations a step make an even NFE.
 
     Args:
-        schedule: in the place of a method's own.
         predictor: fields of ``Training`` for all of them.
     """
     planned = []
     for name, nfe in product(names, different("nfes", nfes)):
-        row = LEARNED[name]
-        row = replace(row, schedule=schedule or row.schedule)
-        afs = can_have(replace(row, afs=True), nfe, dataset)
+        row = replace(LEARNED[name], afs=True)
+        afs = can_have(row, nfe, dataset)
         row = replace(row, afs=afs)
         cell = {"method": name, "schedule": row.schedule, "afs": afs, "nfe": nfe}
         for run in runs_of(dataset, row, nfe, seeds, n_samples, first_seed=first_seed, **predictor):

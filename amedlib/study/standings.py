@@ -14,7 +14,7 @@ from amedlib.study.published import DISTANCES
 from amedlib.study.run import Result
 from amedlib.study.store import RESULTS, load_result, predictor_path
 from amedlib.study.uncertainty import difference, estimates, with_interval
-from amedlib.trained import make_predictor
+from amedlib.trained import below
 
 BEST = "best untrained"
 AMED = ("AMED-Solver", "AMED-Plugin")
@@ -164,23 +164,23 @@ def standings(plans: Plans, metric: str = "fd", **how) -> pd.DataFrame:
 def training_costs(planned: pd.DataFrame, results_dir=RESULTS) -> pd.DataFrame:
     """What it costs to train learned samplers; means over seeds, a row per method and NFE.
 
-    Columns: numbers (that are learned), trajectories, gradients (of a batch; as counted in
-    training), evaluations (of the network, teacher's and student's; counted), seconds (on one
-    thread where it was trained), of the predictors that say so.
+    Columns: numbers (that are learned), trajectories, evaluations (of the network, teacher's and
+    student's; of ``training_evaluations``, with the gradients that training counted), seconds (on
+    one thread where it was trained), of the predictors that say so.
     """
     rows = []
     for row in planned.to_dict("records"):
         training = row["run"].training
         path = predictor_path(row["run"], results_dir or RESULTS)
-        stated = load_tensors(path)[1]
-        learned = make_predictor(training, (4, 4))
+        tensors, stated = load_tensors(path)
+        gradients = int(stated["gradients"]) if "gradients" in stated else None
         rows.append(
             {
                 "method": row["method"],
                 "nfe": row["nfe"],
-                "numbers": sum(p.numel() for p in learned.parameters()),
+                "numbers": sum(number.numel() for number in below("predictor/", tensors).values()),
                 "trajectories": training.images,
-                "evaluations": training_evaluations(training),
+                "evaluations": training_evaluations(training, gradients),
                 "seconds": float(stated.get("seconds", "nan")),
             }
         )

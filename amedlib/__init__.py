@@ -7,6 +7,7 @@ from importlib import import_module
 
 from amedlib import denoisers, training
 from amedlib.checks import of_the_study
+from amedlib.comparison import compare
 from amedlib.intermediate import Intermediate, Predictor, TimeWise
 from amedlib.metrics import frechet_distance
 from amedlib.sampling import Sample, make_latents, sample
@@ -34,6 +35,7 @@ __all__ = [
     "TimeWise",
     "TrainedSampler",
     "Training",
+    "compare",
     "denoisers",
     "frechet_distance",
     "load_sampler",

@@ -9,6 +9,7 @@ from amedlib.checks import flag, is_number, one_of, require, whole
 from amedlib.freedoms import FREEDOMS
 from amedlib.intermediate import FORMS
 from amedlib.method import Method
+from amedlib.sampling import num_steps_for
 from amedlib.solvers import canonical_options, make_solver
 
 # What the paper's text and the released code do differently. The start of a step: from the
@@ -281,3 +282,32 @@ class Training(Method):
 
 
 TEACHERS = ("euler", "heun", "dpm2", "ipndm", "deis", "dpmpp", "unipc")
+
+
+def noise_range(denoiser, sigma_min=None, sigma_max=None) -> dict[str, float]:
+    """The ends of a schedule: those given, else the denoiser's own, else EDM's 0.002 and 80."""
+    found = {}
+    for name, given, usual in (("sigma_min", sigma_min, 0.002), ("sigma_max", sigma_max, 80.0)):
+        own = getattr(denoiser, name, None)
+        known = isinstance(own, int | float) and 0 < own < math.inf
+        found[name] = given if given is not None else float(own) if known else usual
+    return found
+
+
+def default_training(denoiser, nfe: int, **fields) -> Training:
+    """What this book recommends for a model of one's own: times and coefficients of iPNDM, learned.
+
+    The preset ``"all"`` with AFS, for the noise range of the denoiser (``noise_range``).
+
+    Args:
+        nfe: network evaluations per sample.
+        fields: of ``Training``, before what is said here.
+
+    Raises:
+        ValueError: the denoiser cannot make this NFE, or a field is outside its range.
+    """
+    solver, afs = make_solver("ipndm"), fields.get("afs", True)
+    per_call = getattr(denoiser, "evaluations_per_call", 1)
+    points = num_steps_for(nfe, solver, afs, False, per_call)
+    given = {"solver": "ipndm", "num_steps": points, "afs": afs} | noise_range(denoiser)
+    return Training.preset("all", **given | fields)

@@ -262,13 +262,13 @@ def tensor(name: str, given, dtype=None) -> torch.Tensor:
         require(False, name, given, "a tensor or an array of numbers")
 
 
-def _checked_labels(labels, batch: int):
+def check_labels(labels, batch: int):
     if isinstance(labels, np.ndarray):
         labels = tensor("labels", labels)
     if labels is None:
         return None
     if isinstance(labels, dict):  # several kinds of labels, by name
-        return {name: _checked_labels(each, batch) for name, each in labels.items()}
+        return {name: check_labels(each, batch) for name, each in labels.items()}
     listed = isinstance(labels, list | tuple) and all(
         isinstance(each, str) or is_whole(each) for each in labels
     )
@@ -380,7 +380,7 @@ def sample(
     times = tensor("times", times, torch.float64).to(latents.device)
     afs, trajectory = flag("afs", afs), flag("trajectory", trajectory)
     check_inputs(denoiser, latents, times, solver, intermediate)
-    labels = _checked_labels(labels, len(latents))
+    labels = check_labels(labels, len(latents))
     x = latents.to(torch.float64) * times[0]
     sampler = Sampler(denoiser, x, times, solver, afs, intermediate, labels)
     states, finite = [], []

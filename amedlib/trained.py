@@ -71,8 +71,8 @@ def save_predictor(path: Path, trainer) -> None:
     """Write the predictor of a ``Trainer`` with all that is needed to sample with it.
 
     Beside the weights: the log of the last batches, the seconds that training took, how many
-    gradients of a batch it took, its full configuration, the shape of a sample, and the fingerprint
-    of the denoiser's weights.
+    gradients of a batch and evaluations of the network it took, its full configuration, the shape
+    of a sample, and the fingerprint of the denoiser's weights.
     """
     predictor = trainer.predictor
     tensors = {f"predictor/{k}": v for k, v in predictor.state_dict().items()}
@@ -82,6 +82,7 @@ def save_predictor(path: Path, trainer) -> None:
         "bottleneck_size": json.dumps(predictor.bottleneck_size),
         "seconds": f"{trainer.seconds:.3f}",
         "gradients": str(trainer.gradients),
+        "evaluations": str(trainer.evaluations),
         "shape": json.dumps(trainer.shape),
         "denoiser": trainer.fingerprint or "",
     }

@@ -14,13 +14,13 @@ import torch.autograd.forward_ad as fwad
 from tqdm import tqdm
 
 from amedlib import checks
-from amedlib.checks import require
+from amedlib.checks import is_number, is_whole, require
 from amedlib.compute import best_device, halved, in_precision
 from amedlib.files import Damaged, check_writable, load_tensors, reading, save_tensors
 from amedlib.forward_mode import ForwardMode
 from amedlib.freedoms import LearnedTable
 from amedlib.intermediate import Predictor
-from amedlib.recipes import FIRST_TRAINING_SEED, Training
+from amedlib.recipes import FIRST_TRAINING_SEED, Training, default_training
 from amedlib.sampling import Sampler, make_latents
 from amedlib.search import FINE, search_schedule
 from amedlib.trained import (
@@ -61,8 +61,10 @@ class _Frozen(Wrapper):
         inner = unwrapped(denoiser)
         parameters = inner.parameters() if isinstance(inner, torch.nn.Module) else ()
         self.learning = [each for each in parameters if each.requires_grad]
+        self.evaluations = 0  # made so far, one for each sample
 
     def __call__(self, x, t, labels=None, **options):
+        self.evaluations += len(x) * getattr(self.denoiser, "evaluations_per_call", 1)
         try:
             for each in self.learning:
                 each.requires_grad_(False)
@@ -85,7 +87,7 @@ class Trainer:
     Args:
         denoiser: the frozen network, a callable as in ``sample``; its parameters are not trained.
         config: see ``Training``.
-        shape: of one sample, (C, H, W).
+        shape: of one sample, such as (C, H, W); any number of sizes.
         distance: the loss, images twice [B, C, H, W] to [B]; squared L2 unless given.
         device: where the latents and the predictor are.
         labels: seeds to what the denoiser gets as labels; nothing unless given.
@@ -95,7 +97,7 @@ class Trainer:
         self,
         denoiser,
         config: Training,
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         distance: Callable = squared_l2,
         device="cpu",
         labels: Callable | None = None,
@@ -109,7 +111,8 @@ class Trainer:
             config.uses_bottleneck,
             "False for a denoiser that gives no bottleneck",
         )
-        self.denoiser = in_precision(_Frozen(denoiser), config.precision)
+        self._counted = _Frozen(denoiser)
+        self.denoiser = in_precision(self._counted, config.precision)
         self.config, self.shape = config, shape
         self.fingerprint = weights_fingerprint(denoiser)
         self.distance, self.device = distance, device
@@ -132,6 +135,11 @@ class Trainer:
         self.log: list[list[tuple[float, float, float]]] = []
         self.seconds = 0.0
         self.gradients = 0  # taken so far, each of a batch
+
+    @property
+    def evaluations(self) -> int:
+        """Of the network so far, by teacher and student, one for each sample; counted."""
+        return self._counted.evaluations
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         parameters = self.predictor.parameters()
@@ -341,6 +349,7 @@ class Trainer:
         tensors["log"] = torch.tensor(self.log, dtype=torch.float64)
         tensors["seconds"] = torch.tensor(self.seconds, dtype=torch.float64)
         tensors["gradients"] = torch.tensor(self.gradients)
+        tensors["evaluations"] = torch.tensor(self.evaluations)
         metadata = {
             "training": json.dumps(asdict(self.config)),
             "shape": json.dumps(self.shape),
@@ -369,7 +378,8 @@ class Trainer:
             state["state"] = {i: nested(each) for i, each in state["state"].items()}
             begins = {int(k): v.to(self.device) for k, v in below("begins/", tensors).items()}
             log = tensors["log"].tolist()
-            seconds, gradients = tensors["seconds"].item(), tensors["gradients"].item()
+            counts = ("seconds", "gradients", "evaluations")
+            seconds, gradients, evaluations = (tensors[name].item() for name in counts)
         allowed = "the state of the same training of this denoiser; delete it to begin anew"
         require(same, "the file", str(path), allowed)
         with reading(path, "the state of a training"):
@@ -377,6 +387,7 @@ class Trainer:
             self.optimizer.load_state_dict(state)
         self.log, self._begins = log, begins
         self.seconds, self.gradients = seconds, gradients
+        self._counted.evaluations = evaluations
 
 
 def _flat(state: dict) -> dict[str, torch.Tensor]:
@@ -426,23 +437,30 @@ def _begun(make: Callable[[], Trainer], partial: Path) -> Trainer:
 
 def train(
     denoiser,
-    config: Training,
-    shape: tuple[int, int, int],
+    config: Training | int,
+    shape: tuple[int, ...],
     path: Path,
     distance: Callable = squared_l2,
     device="cpu",
     progress: bool | Callable[[], None] = True,
     labels: Callable | None = None,
+    seconds: float = math.inf,
+    evaluations: float = math.inf,
 ) -> Predictor | LearnedTable:
     """Train a predictor, or load it if ``path`` holds it; an interrupted training goes on.
 
     Every 20 batches the state is kept beside ``path``, under its name and ``.partial``. The result
     is a safetensors file with the weights, the log of the last ten batches [10, N-1, 3] (for every
     step the loss that its r was trained on, mean and standard deviation of r over the batch), the
-    seconds of training and the configuration. Other arguments as in ``Trainer``.
+    seconds of training and the configuration; ``load_sampler`` makes a sampler of it. Other
+    arguments as in ``Trainer``.
 
     Args:
+        config: what is trained; a number is the NFE of ``default_training``.
+        shape: of one sample, any number of sizes.
         progress: whether a bar shows it; or what is called after every batch in its place.
+        seconds, evaluations: a budget, of network evaluations times samples; after either no
+            further batch (by L-BFGS: pass) begins, and what is learned so far is the result.
 
     Raises:
         ValueError: ``path`` cannot be written; or it or the state beside it is of another training,
@@ -450,6 +468,10 @@ def train(
             out with a warning.
     """
     path = checks.path("path", path)
+    for name, budget in (("seconds", seconds), ("evaluations", evaluations)):
+        require(is_number(budget) and budget > 0, name, budget, "a positive number")
+    if is_whole(config):
+        config = default_training(denoiser, config)
     if path.is_file():
         return load_predictor(path, config, denoiser, shape)
     require(not path.exists(), "path", str(path), "that of a file")
@@ -463,11 +485,13 @@ def train(
         desc=name,
         disable=callable(progress) or not progress,
     ) as bar:
-        while len(trainer.log) < trainer.batches:
+        while len(trainer.log) < trainer.batches and not (
+            trainer.log and (trainer.seconds >= seconds or trainer.evaluations >= evaluations)
+        ):
             trainer.step()
             loss, r, _ = zip(*trainer.log[-1], strict=True)
-            where = " ".join(f"{value:.2f}" for value in r)
-            bar.set_postfix_str(f"loss {sum(loss):.3g}, r {where}")
+            where = "" if math.isnan(sum(r)) else ", r " + " ".join(f"{value:.2f}" for value in r)
+            bar.set_postfix_str(f"loss {sum(loss):.3g}{where}")
             bar.update()
             if callable(progress):
                 progress()

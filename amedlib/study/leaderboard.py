@@ -5,31 +5,21 @@ from itertools import product
 
 import pandas as pd
 
+from amedlib import comparison
 from amedlib.checks import different
+from amedlib.comparison import SCHEDULES
 from amedlib.datasets.entries import describe
 from amedlib.recipes import PRESETS, makes_second_evaluation
 from amedlib.sampling import num_steps_for
 from amedlib.solvers import make_solver
 from amedlib.study import plans
-from amedlib.study.rows import METHODS, SCHEDULES, SEEDS, Row, runs_of
+from amedlib.study.rows import METHODS, SEEDS, Row, runs_of
 
 NFES = tuple(range(3, 11))
 # What no sampler is judged on: the best of the untrained is chosen here.
 CHOICE = {"first_seed": 10_000, "n_samples": 2_000}
 
-UNTRAINED = {
-    "DDIM": Row("euler"),
-    "Heun": Row("heun"),
-    "DPM-Solver-2": Row("dpm2"),
-    "iPNDM-2": Row("ipndm", {"order": 2}),
-    "iPNDM-3": Row("ipndm", {"order": 3}),
-    "iPNDM": Row("ipndm", {"order": 4}),
-    "DEIS": Row("deis", {"order": 4}),
-    "DPM-Solver++(2M)": Row("dpmpp", {"order": 2}),
-    "DPM-Solver++(3M)": Row("dpmpp", {"order": 3}),
-    "UniPC-2": Row("unipc", {"order": 2}),
-    "UniPC-3": Row("unipc", {"order": 3}),
-}
+UNTRAINED = {name: Row(*how) for name, how in comparison.UNTRAINED.items()}
 
 
 def _row(base: str, schedule: str = "polynomial", **predictor) -> Row:

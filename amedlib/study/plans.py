@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from amedlib.checks import different, one_of, whole
+from amedlib.comparison import SCHEDULES
 from amedlib.datasets.entries import DATASETS, describe
 from amedlib.study.published import KEY, published
-from amedlib.study.rows import METHODS, RECIPE, SCHEDULES, SEEDS, methods, run_of, runs_of
+from amedlib.study.rows import METHODS, RECIPE, SEEDS, methods, run_of, runs_of
 from amedlib.study.run import Run
 
 

@@ -47,9 +47,6 @@ METHODS = {
 RECIPE = {"recipe": "paper"}
 
 
-SCHEDULES = ("polynomial", "logsnr", "time_uniform")
-
-
 def methods(dataset: str) -> dict[str, Row]:
     """The methods of Table 2 with what the paper says of them on a data set.
 

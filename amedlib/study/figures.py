@@ -347,19 +347,19 @@ def effects_figure(worth: pd.DataFrame) -> Figure:
 
 
 def few_figure(found: pd.DataFrame, unit: str) -> Figure:
-    """FD against the number of trajectories trained on, with the seconds of training.
+    """FD against the number of trajectories trained on, with seconds of training; a panel per NFE.
 
     Args:
-        found: columns images, value, half, seconds.
+        found: columns images, nfe, value, half, seconds.
         unit: of the y axis.
     """
-    figure, axes = _panels(1, width=5.5, height=3)
-    ax = axes[0][0]
-    ax.errorbar(found["images"], found["value"], found["half"], capsize=3, **look("all numbers"))
-    for row in found.itertuples():
-        label = f"{row.seconds:.0f} s"
-        ax.annotate(label, (row.images, row.value), (0, 8), textcoords="offset points")
-    ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.set(xlabel="trajectories", ylabel=unit)
+    figure, axes = _panels(found["nfe"].nunique(), width=3.5, height=3)
+    for (nfe, rows), ax in zip(found.groupby("nfe"), axes[0], strict=True):
+        ax.errorbar(rows["images"], rows["value"], rows["half"], capsize=3, **look("all numbers"))
+        for row in rows.itertuples():
+            label = f"{row.seconds:.0f} s"
+            ax.annotate(label, (row.images, row.value), (0, 8), textcoords="offset points")
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.set(title=f"{nfe} NFE", xlabel="trajectories", ylabel=unit)
     return figure

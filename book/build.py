@@ -14,6 +14,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from html import escape
 from pathlib import Path
 
 import nbformat
@@ -159,8 +160,40 @@ def render() -> bool:
     return subprocess.run(command, cwd=ROOT).returncode == 0
 
 
+def name_pictures(stage: Path, html: Path) -> None:
+    """Give every picture of a page the words that stand beside it in its notebook, as its alt.
+
+    Jupyter Book calls a picture by the hash of its content, and would show that to who cannot see.
+    """
+    words = {}
+    for path in (stage / "notebooks").glob("*.ipynb"):
+        for cell in nbformat.read(path, as_version=4).cells:
+            for data in (output.get("data", {}) for output in cell.get("outputs", [])):
+                if picture := data.get("image/svg+xml"):
+                    content = os.linesep.join(picture.splitlines()).encode()
+                    words[hashlib.sha256(content).hexdigest()] = data.get("text/plain", "")
+
+    def named(found: re.Match) -> str:
+        return f'alt="{escape(words.get(found[1], found[1]))}"'
+
+    for path in html.rglob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(re.sub(r'alt="[^"]*/([0-9a-f]{64})\.svg"', named, text), encoding="utf-8")
+
+
+def without_words(text: str) -> list[str]:
+    """The pictures of a page whose alt is missing, empty, or the name of a file."""
+    found = []
+    for tag in re.findall(r"<img\b[^>]*>", text):
+        alt = re.search(r'\balt="([^"]*)"', tag)
+        if not alt or not alt[1].strip() or re.search(r"[0-9a-f]{32}|\.\w{3}$", alt[1]):
+            found.append(tag[:80])
+    return found
+
+
 def problems(html: Path, toc: Path) -> list[str]:
-    """Return what is wrong with a rendered book: pages missing or large, requests that leave it."""
+    """Return what is wrong with a rendered book: pages missing or large, requests that leave it,
+    pictures without words."""
     found = [
         f"{page}.html was not written"
         for page in ["index", *parse_toc_yaml(toc)]
@@ -170,6 +203,10 @@ def problems(html: Path, toc: Path) -> list[str]:
         if path.stat().st_size > LARGEST:
             size = f"{path.stat().st_size / 1e6:.1f} MB"
             found.append(f"{path.relative_to(html)} has {size}, more than {LARGEST / 1e6:g}")
+        wordless = without_words(path.read_text(encoding="utf-8", errors="replace"))
+        found += [
+            f"{path.relative_to(html)} has a picture without words: {tag}" for tag in wordless
+        ]
     for path in sorted(html.rglob("*")):
         if path.suffix in {".html", ".css", ".js"}:
             text = path.read_text(encoding="utf-8", errors="replace")
@@ -184,6 +221,7 @@ def main() -> str | None:
         return "A notebook failed: see above."
     if not render():
         return "The book has warnings or errors: see above."
+    name_pictures(STAGE, HTML)
     if found := problems(HTML, ROOT / "_toc.yml"):
         return "\n".join(found)
     print(f"The book: {HTML / 'index.html'}")

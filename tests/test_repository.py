@@ -1,5 +1,6 @@
 """What the files around the library promise to one another and to the reader."""
 
+import hashlib
 import importlib.util
 import itertools
 import os
@@ -165,7 +166,10 @@ def test_the_build_shows_how_far_long_work_is(build, tmp_path, capsys, monkeypat
     ("page", "finding"),
     [
         ('<script src="_static/x.js"></script> <a href="https://a.org">link</a>', None),
-        ('<img src="figure.svg"> <link href="_static/x.css" rel="stylesheet">', None),
+        (
+            '<img alt="A curve." src="figure.svg"> <link href="_static/x.css" rel="stylesheet">',
+            None,
+        ),
         ('<script async="async" src="https://a.org/x.js"></script>', "https://a.org/x.js"),
         ('<link rel="stylesheet" href="//a.org/x.css">', "//a.org/x.css"),
         ('<img alt="a" src="http://a.org/x.png">', "http://a.org/x.png"),
@@ -185,6 +189,38 @@ def test_a_page_that_was_not_written_is_found(build, tmp_path):
     (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: index\nchapters:\n- file: a/b\n")
     (tmp_path / "index.html").write_text("")
     assert build.problems(tmp_path, tmp_path / "_toc.yml") == ["a/b.html was not written"]
+
+
+@pytest.mark.parametrize(
+    ("tag", "right"),
+    [
+        ('<img alt="FD against NFE." src="a.svg">', True),
+        ('<img src="a.svg">', False),
+        ('<img alt="" src="a.svg">', False),
+        ('<img alt="../_images/a.svg" src="a.svg">', False),
+        (f'<img alt="{"0a" * 32}" src="a.svg">', False),
+    ],
+)
+def test_a_picture_without_words_is_found(build, tmp_path, tag, right):
+    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: index\n")
+    (tmp_path / "index.html").write_text(f"<p>{tag}</p>")
+    found = build.problems(tmp_path, tmp_path / "_toc.yml")
+    assert found == ([] if right else [f"index.html has a picture without words: {tag}"])
+
+
+def test_pictures_get_the_words_of_their_notebook(build, tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    svg = "<svg>\n</svg>\n"
+    output = nbformat.v4.new_output("display_data", {"image/svg+xml": svg, "text/plain": "A < B."})
+    cell = nbformat.v4.new_code_cell(outputs=[output])
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "notebooks/a.ipynb")
+    # What MyST-NB names a picture by.
+    name = f"_images/{hashlib.sha256(svg.strip().encode()).hexdigest()}.svg"
+    page = tmp_path / "index.html"
+    page.write_text(f'<img alt="{name}" src="{name}"><img alt="_images/{"0" * 64}.svg">')
+    build.name_pictures(tmp_path, tmp_path)
+    first, second = re.findall('alt="([^"]*)"', page.read_text())
+    assert first == "A &lt; B." and second == "0" * 64
 
 
 def test_a_page_that_is_too_large_is_found(build, tmp_path):

@@ -84,9 +84,10 @@ def _panels(n, height=3.0, columns=2, **options):
 
 
 def _legend(figure, ax):
-    """The legend of one panel, below all of them."""
+    """The legend of one panel, below all of them, for which the figure grows."""
     handles, labels = ax.get_legend_handles_labels()
     columns = 3 if max(map(len, labels)) < 18 else 2 if max(map(len, labels)) < 32 else 1
+    figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(labels) // columns))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 

@@ -14,9 +14,12 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from html import escape
+from itertools import zip_longest
 from pathlib import Path
 
 import nbformat
+from bs4 import BeautifulSoup
 from ipykernel.kernelspec import install
 from sphinx_external_toc.parsing import parse_toc_yaml
 
@@ -28,6 +31,8 @@ EXECUTED = BUILD / "executed"
 CPUS = os.cpu_count() or 1
 WORKERS = min(2, CPUS)
 
+# Pixels: a page on a telephone, and what a column and a letter of a table take of it.
+NARROW, PER_COLUMN, PER_LETTER = 340, 10, 7.2
 LARGEST = 3e6  # bytes of a page, so that it opens on a telephone
 
 # What a browser fetches by itself when it opens a page, if the address leaves the book.
@@ -159,8 +164,105 @@ def render() -> bool:
     return subprocess.run(command, cwd=ROOT).returncode == 0
 
 
+def name_pictures(stage: Path, html: Path) -> None:
+    """Give every picture of a page the words that stand beside it in its notebook, as its alt.
+
+    Jupyter Book calls a picture by the hash of its content, and would show that to who cannot see.
+    """
+    words = {}
+    for path in (stage / "notebooks").glob("*.ipynb"):
+        for cell in nbformat.read(path, as_version=4).cells:
+            for data in (output.get("data", {}) for output in cell.get("outputs", [])):
+                if picture := data.get("image/svg+xml"):
+                    content = os.linesep.join(picture.splitlines()).encode()
+                    words[hashlib.sha256(content).hexdigest()] = data.get("text/plain", "")
+
+    def named(found: re.Match) -> str:
+        return f'alt="{escape(words.get(found[1], found[1]))}"'
+
+    for path in html.rglob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(re.sub(r'alt="[^"]*/([0-9a-f]{64})\.svg"', named, text), encoding="utf-8")
+
+
+def label_tables(html: Path) -> None:
+    """Tell every cell of a table what it is of, so that a narrow page can set cells in lines."""
+    for path in html.rglob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        found = re.sub(r"<table\b.*?</table>", _labelled, text, flags=re.DOTALL)
+        path.write_text(found, encoding="utf-8")
+
+
+def _labelled(found: re.Match) -> str:
+    """A table whose cells carry their headings; of class ``stack`` if a telephone is too narrow."""
+    soup = BeautifulSoup(found[0], "html.parser")
+    table = soup.table
+    for text in table.find_all(string=re.compile("± ")):
+        text.replace_with(text.replace("± ", "±\N{NO-BREAK SPACE}"))
+    heads = _grid(table.thead.find_all("tr")) if table.thead else []
+    names = _names_of_columns(heads)
+    words = [0] * len(names)
+    for row in _grid(tr for tr in table.find_all("tr") if tr.find_parent("thead") is None):
+        for column, (cell, name) in enumerate(zip(row, names, strict=False)):
+            if cell is None or cell.get("colspan", "1") != "1":
+                continue
+            if name:
+                cell["data-label"] = name
+            longest = max(
+                map(len, cell.get_text(" ").replace("\N{NO-BREAK SPACE}", "_").split() or [""])
+            )
+            words[column] = max(words[column], longest)
+    if sum(PER_COLUMN + PER_LETTER * letters for letters in words) > NARROW:
+        table["class"] = [*table.get("class", []), "stack"]
+    return str(soup)
+
+
+def _grid(rows) -> list[list]:
+    """The cells of rows by column, with those that span several in each of them."""
+    grid, hanging = [], {}
+    for tr in rows:
+        row, cells, column = [], iter(tr.find_all(["th", "td"], recursive=False)), 0
+        while True:
+            if hanging.get(column, (None, 0))[1]:
+                cell, left = hanging[column]
+                hanging[column] = cell, left - 1
+                row.append(None)  # it stands in a row above
+            elif cell := next(cells, None):
+                for place in range(int(cell.get("colspan", 1))):
+                    hanging[column + place] = cell, int(cell.get("rowspan", 1)) - 1
+                    row.append(cell)
+                column += int(cell.get("colspan", 1)) - 1
+            elif column >= max(hanging, default=-1):
+                break
+            else:
+                row.append(None)
+            column += 1
+        grid.append(row)
+    return grid
+
+
+def _names_of_columns(heads: list[list]) -> list[str]:
+    """What the columns of a table are called, in all lines of its head."""
+    names = []
+    for column in zip_longest(*heads):
+        words = [" ".join(cell.get_text(" ").split()) for cell in column if cell is not None]
+        names.append(", ".join(dict.fromkeys(filter(None, words))))
+    return names
+
+
+def without_words(text: str) -> list[str]:
+    """The pictures of a page whose alt is missing, empty, or the name of a file."""
+    found = []
+    for tag in re.findall(r"<img\b[^>]*>", text):
+        alt = re.search(r'\balt="([^"]*)"', tag)
+        if not alt or not alt[1].strip() or re.search(r"[0-9a-f]{32}|\.\w{3}$", alt[1]):
+            found.append(tag[:80])
+    return found
+
+
 def problems(html: Path, toc: Path) -> list[str]:
-    """Return what is wrong with a rendered book: pages missing or large, requests that leave it."""
+    """Return what is wrong with a rendered book: pages missing or large, requests that leave it,
+    pictures without words."""
     found = [
         f"{page}.html was not written"
         for page in ["index", *parse_toc_yaml(toc)]
@@ -170,6 +272,10 @@ def problems(html: Path, toc: Path) -> list[str]:
         if path.stat().st_size > LARGEST:
             size = f"{path.stat().st_size / 1e6:.1f} MB"
             found.append(f"{path.relative_to(html)} has {size}, more than {LARGEST / 1e6:g}")
+        wordless = without_words(path.read_text(encoding="utf-8", errors="replace"))
+        found += [
+            f"{path.relative_to(html)} has a picture without words: {tag}" for tag in wordless
+        ]
     for path in sorted(html.rglob("*")):
         if path.suffix in {".html", ".css", ".js"}:
             text = path.read_text(encoding="utf-8", errors="replace")
@@ -184,6 +290,8 @@ def main() -> str | None:
         return "A notebook failed: see above."
     if not render():
         return "The book has warnings or errors: see above."
+    name_pictures(STAGE, HTML)
+    label_tables(HTML)
     if found := problems(HTML, ROOT / "_toc.yml"):
         return "\n".join(found)
     print(f"The book: {HTML / 'index.html'}")

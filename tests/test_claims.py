@@ -24,6 +24,7 @@ from amedlib.study import (
     sentences,
     store,
     tables,
+    verdicts,
 )
 from amedlib.study.run import BLOCKS, Result, Run
 from amedlib.study.store import save_result
@@ -522,6 +523,26 @@ def test_bounds():
         assert judged.loc["plane-variance", "difference"] == pytest.approx(0.99 - value)
 
 
+def test_a_plane_is_not_tested_where_a_line_passes():
+    planned = plans.figure4("digits")
+    curves = {"cumulative_variance": [0.995, 0.9999], "cumulative_variance_sd": [0.0, 0.0]}
+    measured = planned.assign(result=[result(planned["run"][0], 0.01, curves=curves)])
+    judged = claims.judge("figure4", measured)
+    (found,) = judged[judged["id"] == "plane-variance"].to_dict("records")
+    assert found["verdict"] == "no power" and "one alone has 99.5 %" in found["worse"]
+    assert claims.overall([found["verdict"]], 1, universal=True) == "no power"
+    assert judged.loc[judged["id"] == "plane-error", "verdict"].item() == "holds"
+    assert "∅ no power" in tables.verdict_table(judged).data
+    said = verdicts.of_a_page(judged)
+    assert any("**no power** (The margin is ours. Where one component alone" in s for s in said)
+
+
+def test_what_has_no_power_is_no_comparison_to_correct_for():
+    corrected = claims.holm([0.01, np.nan, 0.04])
+    assert corrected[[0, 2]] == pytest.approx(claims.holm([0.01, 0.04]))
+    assert np.isnan(corrected[1])
+
+
 def test_values_are_tested_on_the_papers_data_only():
     for dataset, count in (("cifar10", 1), ("digits", 0)):
         planned = plans.table2(dataset, ["AMED-Plugin"], [5])
@@ -684,8 +705,9 @@ def test_the_ledger_reads_and_never_computes(tmp_path, monkeypatch):
     }
     assert {row["verdict"] for row in ledger["endpoint_error"]} == {"not run"}
     assert claims.rank_agreement("digits", results_dir=tmp_path).empty
-    html = tables.ledger_table(ledger).to_html()
-    assert "– not run" in html and '<a href="table2.html">table2</a>' in html
+    html = tables.ledger_grid({"here": ledger}).data
+    assert html.count("<details") == len(CLAIMS) and '<a href="table2.html">table2</a>' in html
+    assert '<span data-label="here" class="not-run">– not run</span>' in html
 
 
 def test_a_store_with_a_part_of_a_table(tmp_path):
@@ -701,7 +723,7 @@ def test_a_store_with_a_part_of_a_table(tmp_path):
     assert ledger.loc["single-step", "fd"]["verdict"] == "not run"
     assert ledger.loc["best-is-ours", "fd"]["verdict"] == "not run"  # the best of what is not there
     assert ledger.loc["plugin", "endpoint_error"]["verdict"] == "not run"
-    assert "✓ 1, ✗ 0, ? 0 of 4" in tables.ledger_table(ledger.reset_index()).to_html()
+    assert "✓ 1, ✗ 0, ? 0 of 4" in tables.ledger_grid({"here": ledger.reset_index()}).data
 
 
 def test_verdict_tables_show_both_verdicts_and_what_is_pooled():

@@ -1,5 +1,7 @@
 """Pictures show what they are given: every pixel, every layer, every step."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,7 +9,8 @@ import torch
 
 import amedlib
 from amedlib.geometry import accurate_solution
-from amedlib.study import figures, pictures, plans, theory
+from amedlib.study import figures, pictures, pieces, plans, theory
+from amedlib.study.leaderboard import LEARNED, UNTRAINED
 from amedlib.study.store import predictor_path
 
 # --- images -------------------------------------------------------------------------------------
@@ -37,8 +40,8 @@ def test_an_image_table():
     figure = pictures.image_table(cells, ["NFE 3", "NFE 5"])
     shown = [len(ax.images) for ax in figure.axes]
     assert shown == [1, 1, 0, 1]
-    assert [ax.get_title() for ax in figure.axes[:2]] == ["NFE 3", "NFE 5"]
-    assert [ax.get_ylabel() for ax in figure.axes[::2]] == ["DDIM", "EDM"]
+    titles = [ax.get_title(loc="left") for ax in figure.axes]
+    assert titles == ["DDIM, NFE 3", "NFE 5", "EDM, NFE 3", "NFE 5"]
     assert (figure.axes[3].images[0].get_array() == pictures.strip(images)).all()
     with pytest.raises(ValueError, match="cells must be a table with at least one image"):
         pictures.image_table(cells.iloc[:0], ["NFE 3", "NFE 5"])
@@ -167,7 +170,34 @@ def test_every_nfe_has_its_line_of_learned_r():
     curves = {"r": [0.4, 0.3], "r_sd": [0.01, 0.02]}
     panels = {"AMED-Solver": {nfe: [curves] * 3 for nfe in range(3, 12)}}
     figure = figures.learned_r_figure(panels)
-    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert [label for label in labels if label.startswith("NFE")] == [
         f"NFE {nfe}" for nfe in range(3, 12)
     ]
+
+
+def test_a_method_has_one_look():
+    """Colour and marker tell methods apart, in figures and in what a reader operates."""
+    assert len(set(figures.LOOKS.values())) == len(figures.LOOKS)
+    assert figures.look("AMED-Plugin (iPNDM)") == figures.look("AMED-Plugin")
+    looks = figures.variants("DPM-Solver-2", 5)
+    assert {each["marker"] for each in looks} == {"v"}
+    assert len({str(each["linestyle"]) for each in looks}) == 5
+    for method in [*UNTRAINED, *LEARNED]:
+        drawn, operated = figures.look(method), pieces.style_of(method, method)
+        assert operated["line"]["color"] == drawn["color"]
+        assert pieces.MARKERS[operated["marker"]["symbol"]] == drawn["marker"]
+
+
+def test_the_rows_of_a_method_keep_its_look():
+    planned = plans.table(6, nfes=[4, 6], seeds=[0])
+    results = [
+        SimpleNamespace(run=run, value=2.0 + i, replicates=[2.0 + i] * 10)
+        for i, run in enumerate(planned["run"])
+    ]
+    figure = figures.cells_figure(6, planned.assign(result=results), "FD")
+    markers = {line.get_marker() for line in figure.axes[1].lines}
+    assert markers == {"v", "X"}  # of DPM-Solver-2 and of the plugin
+    said = figures.in_words(figure)
+    assert said.startswith("ours: FD against evaluations per sample (NFE). the paper: FID against")
+    assert "DPM-Solver-2, r = 0.1" in said

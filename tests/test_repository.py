@@ -1,6 +1,7 @@
 """What the files around the library promise to one another and to the reader."""
 
 import ast
+import hashlib
 import importlib.util
 import itertools
 import os
@@ -11,8 +12,10 @@ import tomllib
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
+from bs4 import BeautifulSoup
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from sphinx_external_toc.parsing import parse_toc_yaml
@@ -166,7 +169,10 @@ def test_the_build_shows_how_far_long_work_is(build, tmp_path, capsys, monkeypat
     ("page", "finding"),
     [
         ('<script src="_static/x.js"></script> <a href="https://a.org">link</a>', None),
-        ('<img src="figure.svg"> <link href="_static/x.css" rel="stylesheet">', None),
+        (
+            '<img alt="A curve." src="figure.svg"> <link href="_static/x.css" rel="stylesheet">',
+            None,
+        ),
         ('<script async="async" src="https://a.org/x.js"></script>', "https://a.org/x.js"),
         ('<link rel="stylesheet" href="//a.org/x.css">', "//a.org/x.css"),
         ('<img alt="a" src="http://a.org/x.png">', "http://a.org/x.png"),
@@ -186,6 +192,61 @@ def test_a_page_that_was_not_written_is_found(build, tmp_path):
     (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: index\nchapters:\n- file: a/b\n")
     (tmp_path / "index.html").write_text("")
     assert build.problems(tmp_path, tmp_path / "_toc.yml") == ["a/b.html was not written"]
+
+
+@pytest.mark.parametrize(
+    ("tag", "right"),
+    [
+        ('<img alt="FD against NFE." src="a.svg">', True),
+        ('<img src="a.svg">', False),
+        ('<img alt="" src="a.svg">', False),
+        ('<img alt="../_images/a.svg" src="a.svg">', False),
+        (f'<img alt="{"0a" * 20}" src="a.svg">', False),
+    ],
+)
+def test_a_picture_without_words_is_found(build, tmp_path, tag, right):
+    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: index\n")
+    (tmp_path / "index.html").write_text(f"<p>{tag}</p>")
+    found = build.problems(tmp_path, tmp_path / "_toc.yml")
+    assert found == ([] if right else [f"index.html has a picture without words: {tag}"])
+
+
+def test_pictures_get_the_words_of_their_notebook(build, tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    svg = "<svg>\n</svg>\n"
+    output = nbformat.v4.new_output("display_data", {"image/svg+xml": svg, "text/plain": "A < B."})
+    cell = nbformat.v4.new_code_cell(outputs=[output])
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "notebooks/a.ipynb")
+    # What MyST-NB names a picture by.
+    name = f"_images/{hashlib.sha256(svg.strip().encode()).hexdigest()}.svg"
+    page = tmp_path / "index.html"
+    page.write_text(f'<img alt="{name}" src="{name}"><img alt="_images/{"0" * 64}.svg">')
+    build.name_pictures(tmp_path, tmp_path)
+    first, second = re.findall('alt="([^"]*)"', page.read_text())
+    assert first == "A &lt; B." and second == "0" * 64
+
+
+def test_cells_carry_the_headings_that_they_stand_under(build):
+    frame = pd.DataFrame(
+        [["1.0 ± 0.1", 2.0], ["3.0 ± 0.1", 4.0]],
+        index=pd.MultiIndex.from_product([["iPNDM"], ["✗", "✓"]], names=[None, "AFS"]),
+        columns=pd.MultiIndex.from_product([["NFE 3"], ["FD", "paper"]]),
+    )
+    html = frame.style.to_html()
+    labelled = re.sub("<table.*</table>", build._labelled, html, flags=re.DOTALL)
+    table = BeautifulSoup(labelled, "html.parser").table
+    assert [td["data-label"] for td in table.find_all("td")] == ["NFE 3, FD", "NFE 3, paper"] * 2
+    assert [th.get("data-label") for th in table.tbody.find_all("th")] == [None, "AFS", "AFS"]
+    assert "1.0 ±\N{NO-BREAK SPACE}0.1" in table.get_text() and "stack" not in table.get(
+        "class", []
+    )
+    wide = (
+        pd.concat([frame] * 4, axis=1, keys=list("abcd"))
+        .droplevel(0, axis=1)
+        .T.reset_index(drop=True)
+    )
+    labelled = re.sub("<table.*</table>", build._labelled, wide.T.to_html(), flags=re.DOTALL)
+    assert "stack" in BeautifulSoup(labelled, "html.parser").table.get("class", [])
 
 
 def test_a_page_that_is_too_large_is_found(build, tmp_path):

@@ -82,17 +82,22 @@ def known_noise(
 
 
 def holm(p_values) -> np.ndarray:
-    """P values adjusted for their number by Holm's step-down method (1979)."""
+    """P values adjusted for their number by Holm's step-down method (1979); NaN does not count."""
     p = np.asarray(p_values, dtype=np.float64)
-    order = np.argsort(p, kind="stable")
-    adjusted = np.empty_like(p)
-    factors = np.arange(len(p), 0, -1)
+    factors = np.arange(np.isfinite(p).sum(), 0, -1)
+    order = np.argsort(p, kind="stable")[: len(factors)]  # NaN comes last
+    adjusted = np.full_like(p, np.nan)
     adjusted[order] = np.minimum(np.maximum.accumulate(factors * p[order]), 1.0)
     return adjusted
 
 
 def verdict(difference: float, p_value: float) -> str:
-    """Whether a difference that is claimed to be negative is so, at the 5 % level."""
+    """Whether a difference that is claimed to be negative is so, at the 5 % level.
+
+    Of a test without power (``facts.NO_POWER``) there is no difference to judge.
+    """
+    if np.isnan(difference):
+        return "no power"
     if p_value >= 0.05:
         return "undecided"
     return "holds" if difference < 0 else "does not hold"
@@ -104,7 +109,8 @@ def overall(verdicts, made: int | None = None, universal: bool = False) -> str:
     *holds* if more than half of them hold and none fails, *does not hold* if more than half fail
     and none holds, *mixed* if some hold and some fail, *not run* if there are none, else
     *undecided*. A universal claim holds only if all do, and does not if one fails and none holds;
-    where none fails but some were not run, it is *partly tested*.
+    where none fails but some were not run, it is *partly tested*. It has *no power* if none of its
+    tests has.
 
     Args:
         made: how many comparisons the claim makes, run or not; all were run unless given.
@@ -114,6 +120,8 @@ def overall(verdicts, made: int | None = None, universal: bool = False) -> str:
     made = len(verdicts) if made is None else made
     if not verdicts:
         return "not run"
+    if set(verdicts) == {"no power"}:
+        return "no power"
     if holds and fails:
         return "mixed"
     if universal and fails:
@@ -304,7 +312,7 @@ def _comparison(claim: dict, better: str, worse: str, nfe, found: Estimate) -> d
         "difference": found.value,
         "low": low,
         "high": high,
-        "p_value": found.p_value,
+        "p_value": np.nan if np.isnan(found.value) else found.p_value,
         "pooled": found.pooled is not None,
     }
 
@@ -367,6 +375,8 @@ def in_print(claim: dict) -> str:
 
 def _representative(found: pd.DataFrame) -> str:
     """The least favourable comparison among those nearest five evaluations."""
+    if found["difference"].isna().all():
+        return " − ".join(found.iloc[0][["better", "worse"]])
     away = (found["nfe"] - 5).abs()
     row = found[away.isna() | (away == away.min())].nlargest(1, "difference").iloc[0]
     half = (row["high"] - row["low"]) / 2

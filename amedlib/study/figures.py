@@ -1,10 +1,11 @@
 """The figures of the book."""
 
 from itertools import cycle
+from textwrap import fill
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 
@@ -13,48 +14,89 @@ from amedlib.study.published import DISTANCES, ROWS, nfe_name, row_names
 from amedlib.study.standings import WORDS
 from amedlib.study.uncertainty import estimates
 
+# Inches. A page of 368 pixels, as on a telephone, shrinks such a figure to a text of 9 pixels.
+WIDTH = 5.4
+
+# The one mapping from methods to colours and markers: no two methods share both.
 LOOKS = {
+    "DDIM": ("#888888", "o"),
+    "Heun": ("#8C5A32", "o"),
+    "EDM": ("#8C5A32", "P"),
+    "DPM-Solver-2": ("#E69F00", "v"),
+    "iPNDM": ("#0072B2", "^"),
+    "iPNDM-2": ("#0072B2", "o"),
+    "iPNDM-3": ("#0072B2", "D"),
+    "DEIS": ("#7A6FD0", "<"),
+    "DPM-Solver++(2M)": ("#56B4E9", "o"),
     "DPM-Solver++(3M)": ("#56B4E9", "s"),
     "UniPC": ("#009E73", "D"),
-    "iPNDM": ("#0072B2", "^"),
-    "DDIM": ("#888888", "o"),
-    "DPM-Solver-2": ("#E69F00", "v"),
-    "EDM": ("#8C5A32", "P"),
+    "UniPC-2": ("#009E73", "o"),
+    "UniPC-3": ("#009E73", "v"),
     "AMED-Solver": ("#CC79A7", "*"),
     "AMED-Plugin": ("#D55E00", "X"),
     # Of the leaderboard. What is trained otherwise keeps the colour of its method.
-    "best untrained": ("#777777", "o"),
+    "best untrained": ("#888888", "s"),
     "AMED-Solver, release": ("#CC79A7", "s"),
     "AMED-Plugin, release": ("#D55E00", "s"),
     "AMED-Solver, for the end": ("#CC79A7", "p"),
     "AMED-Plugin, for the end": ("#D55E00", "P"),
-    "GITS": ("#8C5A32", "D"),
-    "LD3, tied times": ("#0072B2", "v"),
-    "LD3": ("#0072B2", "^"),
-    "LD3, soft teacher": ("#0072B2", "s"),
-    "S4S": ("#E69F00", "v"),
-    "S4S-Alt": ("#E69F00", "^"),
-    "EPD, K = 2": ("#56B4E9", "s"),
-    "EPD, K = 3": ("#56B4E9", "h"),
-    "all numbers": ("#009E73", "o"),
-    "all numbers, two evaluations": ("#009E73", "D"),
+    "GITS": ("#A8842C", "D"),
+    "LD3, tied times": ("#7A6FD0", "v"),
+    "LD3": ("#7A6FD0", "^"),
+    "LD3, soft teacher": ("#7A6FD0", "s"),
+    "S4S": ("#A8842C", "v"),
+    "S4S-Alt": ("#A8842C", "^"),
+    "EPD, K = 2": ("#3FA9A1", "s"),
+    "EPD, K = 3": ("#3FA9A1", "h"),
+    "all numbers": ("#6B9E1F", "o"),
+    "all numbers, two evaluations": ("#6B9E1F", "D"),
 }
+GREY, BLUE, ORANGE = "#888888", "#0072B2", "#D55E00"  # of what is no method
+DASHES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (8, 3)))
 
 
 def look(method: str) -> dict:
-    """Colour and marker of a method, for ``plot``."""
-    colour, marker = LOOKS[method]
+    """Colour and marker of a method, for ``plot``; "AMED-Plugin (iPNDM)" is AMED-Plugin."""
+    colour, marker = LOOKS[method] if method in LOOKS else LOOKS[method.split(" (")[0]]
     return {"color": colour, "marker": marker}
 
 
-def _panels(n, width=4.4, height=3.6, **options):
+def variants(method: str, n: int) -> list[dict]:
+    """The looks of so many variants of one method: its own, told apart by dashes and lightness."""
+    colour = np.array(to_rgb(look(method)["color"]))
+    lightness = np.linspace(0, 0.5, n) if n > 2 else np.zeros(n)
+    return [
+        look(method) | {"color": to_hex(colour + (1 - colour) * pale), "linestyle": dashes}
+        for pale, dashes in zip(lightness, cycle(DASHES), strict=False)
+    ]
+
+
+def _panels(n, height=3.0, columns=2, **options):
+    """A figure with so many panels, row by row, each so high; and their axes in one list."""
+    columns = min(n, columns)
+    rows = -(-n // columns)
     # Not through pyplot, which would show the figure a second time in a notebook.
-    figure = Figure(figsize=(width * n, height))
-    return figure, figure.subplots(1, n, squeeze=False, **options)
+    figure = Figure(figsize=(WIDTH, height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **options).ravel()
+    for ax in axes[n:]:
+        ax.set_axis_off()
+    return figure, list(axes[:n])
+
+
+def _legend(figure, ax):
+    """The legend of one panel, below all of them, for which the figure grows."""
+    handles, labels = ax.get_legend_handles_labels()
+    columns = 3 if max(map(len, labels)) < 18 else 2 if max(map(len, labels)) < 32 else 1
+    figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(labels) // columns))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+
+
+def _title(ax, text):
+    ax.set_title(fill(text, 28))
 
 
 def _axis_of_nfe(axes, nfes):
-    axes.set_xlabel("network evaluations per sample (NFE)")
+    axes.set_xlabel("evaluations per sample (NFE)")
     axes.xaxis.set_major_locator(FixedLocator(sorted(nfes)))
 
 
@@ -86,7 +128,7 @@ def against_nfe(panels: dict[str, pd.DataFrame], ylabels, levels=None) -> Figure
         levels: title to (label, value) of a line across the panel.
     """
     figure, axes = _panels(len(panels))
-    for (title, frame), label, ax in zip(panels.items(), ylabels, axes[0], strict=True):
+    for (title, frame), label, ax in zip(panels.items(), ylabels, axes, strict=True):
         for method, rows in frame.groupby("method", sort=False):
             rows = rows.sort_values("nfe")
             beyond = reach_zero(rows)
@@ -97,12 +139,12 @@ def against_nfe(panels: dict[str, pd.DataFrame], ylabels, levels=None) -> Figure
                 ax.plot([row.nfe] * len(row.trainings), row.trainings, linestyle="none", **rings)
         if levels and title in levels:
             label_of_level, level = levels[title]
-            ax.axhline(level, color="#888888", linestyle=":", label=label_of_level)
+            ax.axhline(level, color=GREY, linestyle=":", label=label_of_level)
         _log_scale(ax)
         _axis_of_nfe(ax, frame["nfe"].unique())
-        ax.set(title=title, ylabel=label)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5)
+        _title(ax, title)
+        ax.set(ylabel=label)
+    _legend(figure, axes[0])
     return figure
 
 
@@ -114,43 +156,48 @@ def at_one_nfe(found: pd.DataFrame, titles, units) -> Figure:
         titles, units: of the two panels and their axes.
     """
     found = found.sort_values("value", ascending=False).reset_index(drop=True)
-    figure, axes = _panels(2, width=3.7, height=3.4, sharey=True)
-    for ax, column, title, unit in zip(axes[0], ("value", "paper"), titles, units, strict=True):
+    figure, axes = _panels(2, height=3.8, sharey=True)
+    for ax, column, title, unit in zip(axes, ("value", "paper"), titles, units, strict=True):
         for place, row in found.iterrows():
             bar = row["half"] if column == "value" else None
             style = {"markersize": 8} | look(row["method"])
             ax.errorbar(row[column], place, xerr=bar, capsize=3, linestyle="none", **style)
-        ax.set(title=title, xlabel=unit, xscale="log")
+        ax.set(title=fill(title, 20), xlabel=fill(unit, 20), xscale="log")
         ax.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_formatter(NullFormatter())
-    axes[0][0].set_yticks(found.index, found["variant"])
+    axes[0].set_yticks(found.index, [fill(name, 20) for name in found["variant"]])
     return figure
 
 
 def cells_figure(number: int, measured: pd.DataFrame, unit: str) -> Figure:
     """The rows of one of Tables 3 to 13 against NFE: ours left, the paper's right.
 
-    Rows of one kind (r, M, schedules, ...) take colours from dark to light in their order.
+    Rows of one method (of several r, M, schedules, ...) have its colour and marker.
     """
-    keys = [*ROWS[number], "nfe", "paper"]
-    found = estimates(row_names(measured, number), by=keys)
+    rows = row_names(measured, number).assign(whose=measured["method"])
+    found = estimates(rows, by=[*dict.fromkeys(["whose", *ROWS[number]]), "nfe", "paper"])
     figure, axes = _panels(2)
-    groups = list(found.groupby(ROWS[number], sort=False))
-    colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(groups)))
-    for (names, rows), colour in zip(groups, colours, strict=True):
-        rows = rows.sort_values("nfe")
-        label = ", ".join(map(str, names if isinstance(names, tuple) else (names,)))
-        style = {"color": colour, "marker": "o", "markersize": 4, "label": label}
-        axes[0][0].errorbar(rows["nfe"], rows["value"], rows["half"], capsize=2, **style)
-        axes[0][1].plot(rows["nfe"], rows["paper"], **style)
-    for ax, title, label in zip(axes[0], ("ours", "the paper"), (unit, "FID"), strict=True):
+    for method, of_method in found.groupby("whose", sort=False):
+        groups = list(of_method.groupby(ROWS[number], sort=False))
+        for (names, rows), style in zip(groups, variants(method, len(groups)), strict=True):
+            rows = rows.sort_values("nfe")
+            style |= {"label": _row_label(number, names)}
+            axes[0].errorbar(rows["nfe"], rows["value"], rows["half"], capsize=2, **style)
+            axes[1].plot(rows["nfe"], rows["paper"], **style)
+    for ax, title, label in zip(axes, ("ours", "the paper"), (unit, "FID"), strict=True):
         _log_scale(ax)
         _axis_of_nfe(ax, found["nfe"].unique())
         ax.set(title=title, ylabel=label)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    _legend(figure, axes[0])
     return figure
+
+
+def _row_label(number: int, names: tuple) -> str:
+    """What a row of a table is called in a legend: ``M = 2``, ``DPM-Solver-2, r = 0.3``."""
+    each = zip(ROWS[number], names, strict=True)
+    told = [f"{name} = {value}" if name in ("r", "M") else value for name, value in each]
+    return ", ".join(text for text in told if not text.endswith("= –"))
 
 
 def against_loss(found: pd.DataFrame, unit: str) -> Figure:
@@ -159,8 +206,7 @@ def against_loss(found: pd.DataFrame, unit: str) -> Figure:
     Args:
         found: columns method, loss, nfe, value, half; from ``paper.estimates``.
     """
-    figure, axes = _panels(1, width=5.6)
-    ax = axes[0][0]
+    figure, (ax,) = _panels(1, height=3.8)
     for (method, loss), rows in found.groupby(["method", "loss"], sort=False):
         style = look(method) | {"linestyle": "--" if loss == "l2" else "-"}
         ax.errorbar(
@@ -169,49 +215,48 @@ def against_loss(found: pd.DataFrame, unit: str) -> Figure:
     _log_scale(ax)
     _axis_of_nfe(ax, found["nfe"].unique())
     ax.set(ylabel=unit)
-    ax.legend()
+    _legend(figure, ax)
     return figure
 
 
 def trajectory_pca_figure(curves: dict) -> Figure:
     """Figure 4: relative projection error along t, and cumulative variance of the components."""
-    figure, axes = _panels(2)
-    left, right = axes[0]
+    figure, (left, right) = _panels(2)
     t, error = np.array(curves["t"]), 100 * np.array(curves["relative_error"])
     spread = 100 * np.array(curves["relative_error_sd"])
-    left.plot(t, error, color="#0072B2")
-    left.fill_between(t, error - spread, error + spread, color="#0072B2", alpha=0.2, linewidth=0)
+    left.plot(t, error, color=BLUE)
+    left.fill_between(t, error - spread, error + spread, color=BLUE, alpha=0.2, linewidth=0)
     left.axhline(8, color="#D55E00", linestyle="--", label="the paper's bound, 8 %")
     left.set_xscale("log")
     left.invert_xaxis()
-    left.set(xlabel="time t (noise level)", ylabel="relative projection error (%)", ylim=(0, None))
+    left.set(xlabel="time t (noise level)", ylim=(0, None))
+    left.set(ylabel="relative projection error (%)")
     left.legend()
     share = 100 * np.array(curves["cumulative_variance"])
-    right.plot(np.arange(1, len(share) + 1), share, "o-", color="#0072B2")
+    right.plot(np.arange(1, len(share) + 1), share, "o-", color=BLUE)
     right.yaxis.get_major_formatter().set_useOffset(False)
-    right.set(xlabel="number of principal components", ylabel="cumulative variance (%)")
+    right.set(xlabel="principal components", ylabel="cumulative variance (%)")
     return figure
 
 
 def alignment(curves: dict[str, dict]) -> Figure:
     """Figure 5: relative alignment at every step (left), and the searched r_n (right)."""
-    figure, axes = _panels(2)
-    left, right = axes[0]
+    figure, (left, right) = _panels(2)
     for method, found in curves.items():
         steps = np.arange(1, len(found["r"]) + 1)
         gain = np.array(found["baseline"]) - np.array(found["searched"])
         left.plot(steps, gain, label=method, **look(method))
         right.plot(steps, found["r"], **look(method))
-    left.axhline(0, color="#888888", linewidth=1)
+    left.axhline(0, color=GREY, linewidth=1)
     left.set_yscale("symlog", linthresh=0.01)
     left.margins(y=0.1)  # no marker is cut off
     left.set(ylabel="relative alignment")
-    right.axhline(0.5, color="#888888", linestyle="--", linewidth=1)
+    right.axhline(0.5, color=GREY, linestyle="--", linewidth=1)
     right.set(ylabel="searched r", ylim=(-0.05, 1.05))
     for ax in (left, right):
         ax.set_xlabel("step")
         ax.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(loc="outside lower center", ncols=5)
+    _legend(figure, left)
     return figure
 
 
@@ -222,34 +267,33 @@ def learned_r_figure(panels: dict[str, dict[int, list[dict]]]) -> Figure:
         panels: title to {nfe: curves of each training seed}. The line is the mean over seeds, the
             bar their range, the band one standard deviation over samples.
     """
-    figure, axes = _panels(len(panels), sharey=True)
-    shades = ["#56B4E9", "#0072B2", "#CC79A7", "#D55E00", "#009E73", "#E69F00", "#757575"]
-    for (title, lines), ax in zip(panels.items(), axes[0], strict=True):
-        for (nfe, seeds), colour in zip(lines.items(), cycle(shades), strict=False):
+    figure, axes = _panels(len(panels), height=2.6, columns=1, sharey=True)
+    for (title, lines), ax in zip(panels.items(), axes, strict=True):
+        looks = variants(title, len(lines))
+        for (nfe, seeds), style in zip(lines.items(), looks, strict=True):
             r = np.array([curves["r"] for curves in seeds])
             spread = np.mean([curves["r_sd"] for curves in seeds], axis=0)
             steps, mean = np.arange(1, r.shape[1] + 1), r.mean(0)
             bars = np.maximum([mean - r.min(0), r.max(0) - mean], 0)  # of equal r rounding is left
-            ax.errorbar(steps, mean, bars, color=colour, marker="o", capsize=2, label=nfe_name(nfe))
-            ax.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.2)
-        ax.axhline(0.5, color="#888888", linestyle="--", label="DPM-Solver-2")
+            ax.errorbar(steps, mean, bars, capsize=2, label=nfe_name(nfe), **style)
+            low, high = mean - spread, mean + spread
+            ax.fill_between(steps, low, high, color=style["color"], alpha=0.2)
+        ax.axhline(0.5, color=GREY, linestyle="--", linewidth=1)
         ax.set(title=title, xlabel="step", ylabel="r", ylim=(0, 1))
         ax.xaxis.get_major_locator().set_params(integer=True)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5)
+        ax.legend(loc="upper left", bbox_to_anchor=(1, 1), handlelength=3)
     return figure
 
 
 def local_errors_figure(curves: dict[str, dict]) -> Figure:
     """Table 1, measured: error of one step from the solution, for every step."""
-    figure, axes = _panels(1, width=6)
-    ax = axes[0][0]
+    figure, (ax,) = _panels(1, height=3.8)
     for method, found in curves.items():
         ax.plot(np.arange(1, len(found["rms"]) + 1), found["rms"], label=method, **look(method))
     ax.set_yscale("log")
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(xlabel="step", ylabel="local error (RMS norm)")
-    figure.legend(loc="outside lower center", ncols=4)
+    _legend(figure, ax)
     return figure
 
 
@@ -264,34 +308,33 @@ def gains_figure(panels: dict[str, pd.DataFrame], ylabels) -> Figure:
     frames = list(panels.values())
     solvers = pd.concat(frames)["solver"].unique()
     nfes = sorted(pd.concat(frames)["nfe"].unique())
-    figure = Figure(figsize=(8.8, 0.6 + 2.6 * len(panels)))
-    axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
+    figure, axes = _panels(len(panels), height=3.0, columns=1, sharex=True)
     width = len(nfes) + 0.5  # of a solver's group; a place is one NFE
     places = {s: [i * width + j for j in range(len(nfes))] for i, s in enumerate(solvers)}
     learned = {**look("AMED-Plugin"), "label": "learned step (AMED-Plugin with AFS)"}
     for (title, frame), ylabel, ax in zip(panels.items(), ylabels, axes, strict=True):
         for row in frame.itertuples():
             x, colour = places[row.solver][nfes.index(row.nfe)], look(row.solver)["color"]
-            ax.plot([x - 0.3, x], [row.plain, row.with_afs], color="#888888", linestyle=":")
+            ax.plot([x - 0.3, x], [row.plain, row.with_afs], color=GREY, linestyle=":")
             ax.plot([x, x + 0.3], [row.with_afs, row.with_both], color=learned["color"])
             ax.plot(x - 0.3, row.plain, "o", color=colour, markerfacecolor="none")
             ax.plot(x, row.with_afs, "o", color=colour)
             ax.plot(x + 0.3, row.with_both, learned["marker"], color=learned["color"])
         _log_scale(ax)
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.set_title(title, pad=20)
+        ax.set_title(title, pad=32)
         ax.set(ylabel=ylabel)
         for solver in solvers:
             centre = np.mean(places[solver])
             place = {"transform": ax.get_xaxis_transform(), "ha": "center"}
-            ax.text(centre, 1.02, solver, color=look(solver)["color"], **place)
+            ax.text(centre, 1.02, solver.replace("(", "\n("), color=look(solver)["color"], **place)
     axes[-1].set_xticks(np.concatenate(list(places.values())), nfes * len(solvers))
-    axes[-1].set_xlabel("network evaluations per sample (NFE)")
-    grey = {"color": "#888888", "marker": "o", "linestyle": ":"}
+    axes[-1].set_xlabel("evaluations per sample (NFE)")
+    grey = {"color": GREY, "marker": "o", "linestyle": ":"}
     axes[0].plot([], [], markerfacecolor="none", label="plain solver", **grey)
     axes[0].plot([], [], label="with AFS", **grey)
     axes[0].plot([], [], **learned)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    _legend(figure, axes[0])
     return figure
 
 
@@ -303,46 +346,46 @@ LOOKS_OF_DISTANCES = {
 
 
 def corruptions_figure(panels: dict[str, pd.DataFrame]) -> Figure:
-    """Distances of corrupted real images, relative to pure noise: a row per frame, a column per
-    corruption.
+    """Distances of corrupted real images, relative to pure noise: a row per corruption, a column
+    per frame.
 
     Args:
         panels: title to a frame of ``corruptions.measure_corrupted``.
     """
-    kinds = [*CORRUPTIONS]
-    figure = Figure(figsize=(1.9 * len(kinds), 2.5 * len(panels) + 0.4))
-    axes = figure.subplots(len(panels), len(kinds), squeeze=False, sharey="row")
-    for row, (title, table) in zip(axes, panels.items(), strict=True):
+    height = 2.3 * len(CORRUPTIONS) + 0.4
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.subplots(len(CORRUPTIONS), len(panels), squeeze=False, sharey="col")
+    for column, (title, table) in zip(axes.T, panels.items(), strict=True):
         noise = table.set_index("kind").loc[NOISE]
-        for ax, kind in zip(row, kinds, strict=True):
+        for ax, (kind, about) in zip(column, CORRUPTIONS.items(), strict=True):
             rows = table[table["kind"] == kind].sort_values("strength")
             for metric in (name for name in DISTANCES if name in table):
                 colour, marker = LOOKS_OF_DISTANCES[metric]
                 style = {"color": colour, "marker": marker, "markersize": 4}
                 ax.plot(range(5), rows[metric] / noise[metric], label=DISTANCES[metric], **style)
-            ax.axhline(1, color="#888888", linestyle="--", linewidth=1, label="pure noise")
+            ax.axhline(1, color=GREY, linestyle="--", linewidth=1, label="pure noise")
             ax.set_yscale("log")
             ax.set_xticks(range(5), [f"{strength:g}" for strength in rows["strength"]])
-            ax.set(title=kind)
-            ax.set_xlabel(CORRUPTIONS[kind].unit, fontsize=8)
-        row[0].set_ylabel(f"{title}\nFD, pure noise = 1")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+            ax.set(title=f"{title}: {kind}", xlabel=fill(about.unit, 30))
+    figure.supylabel("FD, pure noise = 1", fontsize="medium")
+    _legend(figure, axes[0][0])
     return figure
 
 
 def effects_figure(worth: pd.DataFrame) -> Figure:
     """What each freedom multiplies FD by, a panel per NFE; of ``standings.effects``."""
-    figure, axes = _panels(worth["nfe"].nunique(), width=2.6, height=2.2, sharey=True)
-    for (nfe, rows), ax in zip(worth.groupby("nfe"), axes[0], strict=True):
+    figure, axes = _panels(worth["nfe"].nunique(), height=1.9, columns=1, sharex=True)
+    for (nfe, rows), ax in zip(worth.groupby("nfe"), axes, strict=True):
         places = range(len(rows))[::-1]
         bars = [rows["value"] - rows["low"], rows["high"] - rows["value"]]
-        ax.errorbar(rows["value"], places, xerr=bars, fmt="o", capsize=3, color="#009E73")
-        ax.axvline(1, color="#888888", linestyle=":")
-        ax.set(title=f"{nfe} NFE", xscale="log", xlabel="FD is multiplied by")
+        ax.errorbar(rows["value"], places, xerr=bars, fmt="o", capsize=3, color=BLUE)
+        ax.axvline(1, color=GREY, linestyle=":")
+        ax.set(title=f"{nfe} NFE", xscale="log")
         ax.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 3, 5, 7)))
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_yticks(places, [WORDS[name] for name in rows["factor"]])
+    axes[-1].set_xlabel("FD is multiplied by")
     return figure
 
 
@@ -353,8 +396,8 @@ def few_figure(found: pd.DataFrame, unit: str) -> Figure:
         found: columns images, nfe, value, half, seconds.
         unit: of the y axis.
     """
-    figure, axes = _panels(found["nfe"].nunique(), width=3.5, height=3)
-    for (nfe, rows), ax in zip(found.groupby("nfe"), axes[0], strict=True):
+    figure, axes = _panels(found["nfe"].nunique())
+    for (nfe, rows), ax in zip(found.groupby("nfe"), axes, strict=True):
         ax.errorbar(rows["images"], rows["value"], rows["half"], capsize=3, **look("all numbers"))
         for row in rows.itertuples():
             label = f"{row.seconds:.0f} s"
@@ -363,3 +406,20 @@ def few_figure(found: pd.DataFrame, unit: str) -> Figure:
         ax.xaxis.set_major_formatter("{x:g}")
         ax.set(title=f"{nfe} NFE", xlabel="trajectories", ylabel=unit)
     return figure
+
+
+def in_words(figure: Figure) -> str:
+    """What a figure shows, for who does not see it: its panels, their axes, and what is drawn."""
+    panels, drawn = [], []
+    for ax in figure.axes:
+        title, x, y = (
+            " ".join(text.split()) for text in (ax.get_title(), ax.get_xlabel(), ax.get_ylabel())
+        )
+        axes = " against ".join(filter(None, [y, x])) if ax.axison else ""
+        panels.append(": ".join(filter(None, [title or ax.get_title("left"), axes])))
+        drawn += ax.get_legend_handles_labels()[1]
+        drawn += ["images"] if ax.images else []
+        drawn += [text.get_text() for text in ax.texts] if not ax.axison else []
+    text = ". ".join(dict.fromkeys(filter(None, panels)))
+    drawn = ", ".join(dict.fromkeys(" ".join(each.split()) for each in drawn))
+    return ". ".join(filter(None, [text, f"Drawn: {drawn}" if drawn else ""])) + "."

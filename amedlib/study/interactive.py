@@ -5,20 +5,11 @@ from itertools import product
 import pandas as pd
 from IPython.display import HTML
 
-from amedlib.study.figures import LOOKS
 from amedlib.study.leaderboard import LEARNED, UNTRAINED
-from amedlib.study.pieces import MARKERS, Control, Frame, View, around, axes, piece, style
+from amedlib.study.pieces import Control, Frame, View, around, axes, piece, style_of
 
 SHOWN = ("iPNDM", "DPM-Solver++(3M)", "AMED-Solver", "AMED-Plugin", "LD3", "all numbers")
 GROUPS = {"a few": SHOWN, "all learned": tuple(LEARNED), "all untrained": tuple(UNTRAINED)}
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
-
-
-def _looks(name: str) -> dict:
-    marks = {mark: word for word, mark in MARKERS.items()}
-    place = list(UNTRAINED).index(name) if name in UNTRAINED else 0
-    colour, mark = LOOKS.get(name, (COLOURS[place % len(COLOURS)], "os^vDP"[place % 6]))
-    return style(name, colour, marker=marks[mark])
 
 
 def leaderboard_piece(found: pd.DataFrame, measures: list[str]) -> HTML:
@@ -57,5 +48,7 @@ def leaderboard_piece(found: pd.DataFrame, measures: list[str]) -> HTML:
     ]
     layout = axes("network evaluations per sample (NFE)", "distance, lower is better", log="y")
     layout["xaxis"] |= {"tickvals": sorted(found["nfe"].unique().tolist())}
-    view = View([c.name for c in controls], frames, [_looks(name) for name in names], layout)
+    view = View(
+        [c.name for c in controls], frames, [style_of(name, name) for name in names], layout
+    )
     return piece(controls, [view])

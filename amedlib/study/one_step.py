@@ -14,9 +14,9 @@ from amedlib.intermediate import TimeWise
 from amedlib.sampling import Sampler, make_latents, sample
 from amedlib.solvers import make_solver
 from amedlib.study import theory
-from amedlib.study.figures import LOOKS
+from amedlib.study.figures import BLUE, GREY, ORANGE, look
 from amedlib.study.lesson import Trajectory, images_of
-from amedlib.study.pieces import Control, Frame, View, around, axes, mosaic, piece, style
+from amedlib.study.pieces import Control, Frame, View, around, axes, mosaic, piece, style, style_of
 from amedlib.study.run import Run
 
 
@@ -87,7 +87,6 @@ FIXED = {
     "Heun, r = 1": "EDM",
     "DPM-Solver-2, r = 0.5": "DPM-Solver-2",
 }
-MARKS = {"DDIM": "circle", "EDM": "square", "DPM-Solver-2": "diamond", "AMED-Solver": "star"}
 
 
 def of_solver(found: Looks, name: str, grid: Sequence[float]) -> int:
@@ -116,20 +115,18 @@ def step_piece(found: dict[str, list[Looks]], grid: Sequence[float], step: int) 
                 key = (place, images, number)
                 plane[key], errors[key] = _plane_frame(each, grid, i), _error_frame(each, grid, i)
     follows = [control.name for control in controls]
-    grey, ink = "#888888", LOOKS["AMED-Solver"][0]
-    marked = [
-        style(label, LOOKS[name][0], width=0, marker=MARKS[name]) for label, name in FIXED.items()
-    ]
+    grey, ink = GREY, look("AMED-Solver")["color"]
+    marked = [style_of(name, label, width=0) for label, name in FIXED.items()]
     ours = [
         style("first look, followed to the second", ink, "dash", marker="x", last=True),
         style("second look, followed for the step", ink, marker="star", last=True),
     ]
     flat = [style("the solution", grey, width=5), *marked, *ours]
-    whole = [style(label, LOOKS[name][0], "dash") for label, name in FIXED.items()]
+    whole = [style_of(name, label, dash="dash", marked=False) for label, name in FIXED.items()]
     mean = [
         style("second look alone, free r", ink, width=3),
-        style("in the plane", "#0072B2"),
-        style("across it", "#009E73", "dot"),
+        style("in the plane", BLUE),
+        style("across it", ORANGE, "dot"),
         style("", grey, width=1),
     ]
     length = "norm of the state"
@@ -244,8 +241,8 @@ def greed_piece(found: Greed, grid: Sequence[float], learned: dict[str, Sequence
             images = found.images[k][i]
             says = f"Samples with r = {place} in step {step}, the others as trained {first}."
             drawn[place, step] = Frame(says, f"{len(images)} images. {says}", mosaic(images, 4))
-    looks = [style("after this step", "#CC79A7", width=3), style("at the end", "#0072B2", width=3)]
-    colours = ("#CC79A7", "#0072B2")
+    looks = [style("after this step", ORANGE, width=3), style("at the end", BLUE, width=3)]
+    colours = (ORANGE, BLUE)
     looks += [style(f"trained {n}", c, "dot") for n, c in zip(learned, colours, strict=True)]
     looks.append(style("", "#888888", width=1))
     layout = axes("r", "error (norm of the state)")

@@ -6,10 +6,12 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from IPython import get_ipython
 from IPython.display import HTML, Markdown, display
 from matplotlib.figure import Figure
 from matplotlib_inline.backend_inline import set_matplotlib_formats
@@ -33,8 +35,11 @@ GREY = "#757575"  # readable on the book's light page and on its dark one
 
 
 def use_style() -> None:
-    """Vector output and a quiet style; call it once in a notebook."""
+    """Vector output, a description beside it, and a quiet style; call it once in a notebook."""
     set_matplotlib_formats("svg")
+    if shell := get_ipython():
+        plain = shell.display_formatter.formatters["text/plain"]
+        plain.for_type(Figure, lambda figure, printer, _: printer.text(figures.in_words(figure)))
     plt.rcParams.update(
         {
             **dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor"], GREY),
@@ -44,7 +49,8 @@ def use_style() -> None:
             "savefig.facecolor": "none",
             "svg.fonttype": "none",
             "font.family": "sans-serif",
-            "font.size": 10,
+            "font.size": 10,  # with `figures.WIDTH`, nothing is below 9 pixels on a page
+            "axes.titlesize": "medium",
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.grid": True,
@@ -87,11 +93,11 @@ def glue(**numbers) -> None:
         to_book(name, value, display=False)
 
 
-def embedded(figure: Figure, alt: str) -> HTML:
+def embedded(figure: Figure) -> HTML:
     """A figure as it can be glued into another page, which takes no vector graphics but in HTML."""
     file = io.BytesIO()
     figure.savefig(file, format="svg")
-    data = base64.b64encode(file.getvalue()).decode()
+    data, alt = base64.b64encode(file.getvalue()).decode(), escape(figures.in_words(figure))
     return HTML(f'<img alt="{alt}" src="data:image/svg+xml;base64,{data}">')
 
 

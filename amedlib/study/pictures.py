@@ -14,7 +14,7 @@ from amedlib.checks import require
 from amedlib.intermediate import Predictor
 from amedlib.sampling import sample
 from amedlib.study.execute import context_of, make_predictors, prepare
-from amedlib.study.figures import look
+from amedlib.study.figures import BLUE, WIDTH, look
 from amedlib.study.run import Run
 from amedlib.study.store import RESULTS, predictor_path
 from amedlib.study.theory import Plane, Step
@@ -94,26 +94,23 @@ def strip(images: torch.Tensor, size: int = 64) -> np.ndarray:
     return row.clamp(0, 1).permute(1, 2, 0).numpy()
 
 
-def image_table(cells: pd.DataFrame, titles: Sequence[str], width: float = 10) -> Figure:
-    """Images in a table: a strip per cell, methods down the side, ``titles`` over the columns."""
+def image_table(cells: pd.DataFrame, titles: Sequence[str]) -> Figure:
+    """Images in a table: a strip per cell below its name, a row per method, a column per title."""
     require(cells.size > 0, "cells", tuple(cells.shape), "a table with at least one image")
     strips = cells.map(lambda images: strip(images) if torch.is_tensor(images) else None)
     high, wide = next(s for row in strips.to_numpy() for s in row if s is not None).shape[:2]
     rows, columns = cells.shape
-    labels = 1.6  # inches
-    height = (width - labels) / columns * high / wide + 0.06
-    figure = Figure(figsize=(width, height * rows + 0.35), layout="constrained")
+    height = WIDTH / columns * high / wide + 0.3  # inches, with the name
+    figure = Figure(figsize=(WIDTH, height * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for i, name in enumerate(cells.index):
-        axes[i, 0].set_ylabel(name, rotation=0, ha="right", va="center")
-        for j, ax in enumerate(axes[i]):
+        for j, (ax, title) in enumerate(zip(axes[i], titles, strict=True)):
             if strips.iloc[i, j] is not None:
                 ax.imshow(strips.iloc[i, j], interpolation="none")
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
-    for ax, title in zip(axes[0], titles, strict=True):
-        ax.set_title(title, fontsize=10)
-    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.02, hspace=0, wspace=0)
+            ax.set_title(f"{name}, {title}" if j == 0 else title, loc="left", pad=3)
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, hspace=0, wspace=0)
     return figure
 
 
@@ -137,8 +134,8 @@ def steps_in_plane(plane: Plane, curve: torch.Tensor, times, steps: dict[str, St
         return plane.coordinates(torch.stack(states))[:, 0].T.cpu().numpy()
 
     solution = flat(*curve)
-    figure = Figure(figsize=(9.6, 6.4))
-    axes = figure.subplots(2, 2, sharex=True, sharey=True).flat
+    figure = Figure(figsize=(WIDTH, 2.7 * len(steps)), layout="constrained")
+    axes = figure.subplots(len(steps), 1, sharex=True, sharey=True)
     for (method, step), letter, ax in zip(steps.items(), "abcd", axes, strict=True):
         colour = look(method)["color"]
         ax.plot(*solution, color="#888888", linewidth=5, alpha=0.4, label="solution")
@@ -153,9 +150,9 @@ def steps_in_plane(plane: Plane, curve: torch.Tensor, times, steps: dict[str, St
         ax.plot(*flat(step.end), "o", color="#D00000", markersize=8, label="end of the step")
         ax.plot(*solution[:, -1:], "o", color="#757575", markersize=11, fillstyle="none")
         ax.set_title(f"({letter}) {method}")
-        ax.legend(loc="upper left", fontsize=8)
-    figure.supxlabel("first principal coordinate (norm of the state)", fontsize=10)
-    figure.supylabel("second principal coordinate (norm of the state)", fontsize=10)
+        ax.legend(loc="upper left")
+    figure.supxlabel("first principal coordinate (norm of the state)", fontsize="medium")
+    figure.supylabel("second principal coordinate (norm of the state)", fontsize="medium")
     return figure
 
 
@@ -197,7 +194,7 @@ def layers(predictor: Predictor) -> pd.DataFrame:
 
 def architecture(predictors: dict[str, Predictor]) -> Figure:
     """Figure 6: the network g_phi, a panel per predictor, drawn from its own layers."""
-    figure = Figure(figsize=(10, 3.9 * len(predictors)))
+    figure = Figure(figsize=(WIDTH, 6.2 * len(predictors)), layout="constrained")
     axes = figure.subplots(len(predictors), 1, squeeze=False)[:, 0]
     for (title, predictor), ax in zip(predictors.items(), axes, strict=True):
         _draw_network(ax, predictor)
@@ -207,12 +204,11 @@ def architecture(predictors: dict[str, Predictor]) -> Figure:
 
 
 def _box(ax, place, text, kind=""):
-    x, y = place
-    shape = FancyBboxPatch(
-        (x - 0.64, y - 0.38), 1.28, 0.76, "round,pad=0.02", facecolor=SHADES[kind]
-    )
-    ax.add_patch(shape)
-    ax.text(x, y, text, ha="center", va="center", fontsize=7.5, color=INK)
+    """A box at a place: how far down, and how far from the right."""
+    down, left = place
+    corner = (-left - 0.46, -down - 0.58)
+    ax.add_patch(FancyBboxPatch(corner, 0.92, 1.16, "round,pad=0.02", facecolor=SHADES[kind]))
+    ax.text(-left, -down, text, ha="center", va="center", color=INK)
 
 
 def _layer(ax, place, layer, then=""):
@@ -228,7 +224,7 @@ def _arrows(ax, *places):
     """From box to box."""
     style = {"arrowstyle": "-|>", "color": "#757575", "shrinkA": 0, "shrinkB": 0}
     for a, b in pairwise(places):
-        ax.annotate("", (b[0] - 0.68, b[1]), (a[0] + 0.68, a[1]), arrowprops=style)
+        ax.annotate("", (-b[1], -b[0] + 0.62), (-a[1], -a[0] - 0.62), arrowprops=style)
 
 
 def _draw_network(ax, predictor):
@@ -265,7 +261,7 @@ def _draw_network(ax, predictor):
         _layer(ax, (x[5], y), found.loc[name], ", sigmoid")
         _box(ax, (x[6], y), ranges[name])
         _arrows(ax, joined, (x[5], y), (x[6], y))
-    ax.set(xlim=(-0.75, 10.95), ylim=(min(lanes) - 0.75, 3.5))
+    ax.set(xlim=(-3.5, 0.5 - min(lanes)), ylim=(-x[6] - 0.7, 0.7))
     ax.axis("off")
 
 
@@ -283,11 +279,11 @@ def deviation(curves: dict, bounds: dict[str, np.ndarray]) -> Figure:
         curves: of a ``trajectory_pca`` result.
         bounds: label to values at ``curves["t"]``.
     """
-    figure = Figure(figsize=(6.4, 4))
+    figure = Figure(figsize=(WIDTH, 4))
     ax = figure.subplots()
     t, mean, sd = (np.array(curves[name]) for name in ("t", "deviation", "deviation_sd"))
-    ax.plot(t, mean, color="#0072B2", label="distance from the plane")
-    ax.fill_between(t, mean - sd, mean + sd, color="#0072B2", alpha=0.2, linewidth=0)
+    ax.plot(t, mean, color=BLUE, label="distance from the plane")
+    ax.fill_between(t, mean - sd, mean + sd, color=BLUE, alpha=0.2, linewidth=0)
     for (label, values), (colour, dashes) in zip(
         bounds.items(), (("#D55E00", "--"), ("#8C5A32", ":"), ("#009E73", "-.")), strict=False
     ):
@@ -306,7 +302,7 @@ def proposition_figure(found: pd.DataFrame, bounds: dict[str, np.ndarray]) -> Fi
         found: of ``theory.proposition``, for steps of one schedule.
         bounds: label to a value per step.
     """
-    figure = Figure(figsize=(7, 4.4))
+    figure = Figure(figsize=(WIDTH, 4.8))
     ax = figure.subplots()
     for (label, values), (colour, dashes) in zip(
         bounds.items(), (("#D55E00", "--"), ("#8C5A32", ":")), strict=True

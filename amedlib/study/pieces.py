@@ -17,6 +17,8 @@ from IPython.display import HTML
 from matplotlib.figure import Figure
 from PIL import Image
 
+from amedlib.study.figures import look
+
 
 class Control(NamedTuple):
     """What a reader chooses: with a slider, or from a list.
@@ -88,6 +90,14 @@ def style(name: str, colour: str, dash="solid", width=2.0, marker=None, last=Fal
         found["marker"] = {"color": colour, "symbol": marker, "size": [0, 10] if last else 10}
         found["marker"]["line"] = {"width": 0}
     return found
+
+
+def style_of(method: str, name: str, width=2.0, dash="solid", marked=True) -> dict:
+    """The looks of a method's line, which are those of ``figures.look``; arguments of ``style``."""
+    found = look(method)
+    words = {mark: word for word, mark in MARKERS.items()}
+    marker = words[found["marker"]] if marked else None
+    return style(name, found["color"], dash, width, marker)
 
 
 def axes(x: str, y: str, log: str = "", **more) -> dict:
@@ -171,8 +181,8 @@ def _box(view: View, first: Frame) -> str:
 
 # Markers and dashes of plots, in the words of Plotly and of matplotlib.
 MARKERS = {
-    **{"circle": "o", "x": "x", "star": "*", "diamond": "D", "square": "s", "triangle-up": "^"},
-    **{"triangle-down": "v", "cross": "P", "x-thin-open": "X", "pentagon": "p", "hexagon": "h"},
+    **{"circle": "o", "x": "X", "star": "*", "diamond": "D", "square": "s", "triangle-up": "^"},
+    **{"triangle-down": "v", "triangle-left": "<", "cross": "P", "pentagon": "p", "hexagon": "h"},
 }
 DASHES = {"solid": "-", "dash": "--", "dot": ":"}
 
@@ -196,7 +206,7 @@ def still(view: View, frame: Frame) -> bytes:
         ax.set(**{f"{axis}label": about["title"]["text"], f"{axis}scale": about["type"]})
         ax.set(**{f"{axis}lim": ends})
     if any(looks["name"] for looks in view.data):
-        figure.legend(loc="outside upper left", ncols=2, fontsize=9)
+        figure.legend(loc="outside upper left", ncols=2)
     file = io.BytesIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()

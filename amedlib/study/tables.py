@@ -77,8 +77,8 @@ def cells_table(number: int, measured: pd.DataFrame, unit: str):
     )
 
 
-def entries_table(entries):
-    """Declared data sets with their settings, a row each."""
+def entries_tables(entries):
+    """Declared data sets, a row each: how they are sampled, and how they are trained and judged."""
     rows = {
         entry.name: {
             "title": entry.title,
@@ -96,7 +96,8 @@ def entries_table(entries):
         }
         for entry in entries
     }
-    return pd.DataFrame(rows).T.style
+    frame = pd.DataFrame(rows).T
+    return frame.loc[:, :"guidance"].style, frame.loc[:, "loss":].style
 
 
 def assets_table(entries):
@@ -120,6 +121,7 @@ MARKS = {
     "mixed": "~ mixed",
     "partly tested": "◐ partly tested",
     "undecided": "? undecided",
+    "no power": "∅ no power",
     "not run": "– not run",
 }
 
@@ -134,7 +136,8 @@ def verdict_table(judged: pd.DataFrame):
         return Markdown("*No claim of the paper about this table can be tested on this data set.*")
     nfes = sorted(judged["nfe"].dropna().unique())
     columns = [nfe_name(nfe) for nfe in nfes] or ["all"]
-    rows = ["".join(f"<th>{name}</th>" for name in ["", *columns])]
+    head = "".join(f"<th>{name}</th>" for name in ["", *columns])
+    rows = []
     for _, some in judged.groupby("id", sort=False):
         claim = some.iloc[0]
         word = claims.overall(some["verdict"], claim["made"], claim["universal"] == "yes")
@@ -156,61 +159,115 @@ def verdict_table(judged: pd.DataFrame):
         text += ". † Trained once: the noise of training is that of other predictors"
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     below = "caption-side: bottom; text-align: left; font-style: italic"
-    return HTML(f'<table class="verdicts"><caption style="{below}">{text}.</caption>{body}</table>')
+    return HTML(
+        f'<table class="verdicts"><caption style="{below}">{text}.</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    )
 
 
 def _compared(row) -> str:
     """One comparison: its mark, and the difference with its interval."""
+    if row.verdict == "no power":
+        return MARKS[row.verdict]
     alone = "" if row.uncorrected == row.verdict else f" (alone {MARKS[row.uncorrected][0]})"
     value = with_interval(row.difference, (row.high - row.low) / 2)
     return f"{MARKS[row.verdict][0]}{alone}<br>{value}{' †' * row.pooled}"
 
 
-def ledger_table(ledger: pd.DataFrame):
-    """The ledger: a claim per row with its mark here and in the paper, and where the evidence is.
+KINDS = {
+    "quality": "Quality of samples",
+    "value": "Values that the paper names",
+    "geometry": "Geometry of trajectories",
+    "theory": "Theory",
+    "cost": "Costs",
+    "setting": "What the paper says of its own runs",
+}
+
+
+def ledger_grid(ledgers: dict[str, pd.DataFrame]) -> HTML:
+    """The ledger: claims against data, each with its verdict; the evidence unfolds.
+
+    What is shown is chosen with buttons that need no script.
 
     Args:
-        ledger: rows of ``claims.ledger``.
+        ledgers: what to call a data set, to rows of ``claims.ledger``; the first has all claims.
     """
+    found = {data: rows.set_index("id").to_dict("index") for data, rows in ledgers.items()}
+    claimed = next(iter(ledgers.values())).to_dict("records")
+    heads = "".join(f"<span>{data}</span>" for data in ledgers)
+    body = [f'<div class="head"><span>claim</span>{heads}</div>']
+    for kind, title in KINDS.items():
+        some = [claim for claim in claimed if claim["kind"] == kind]
+        if some:
+            body.append(f'<div class="kind" data-kind="{kind}">{title}</div>')
+            body += [_claim(claim, found) for claim in some]
+    words = {word.replace(" ", "-"): mark for word, mark in MARKS.items()}
+    rules = [_hides("data-kind", "=", kind) for kind in KINDS]
+    rules += [_hides("data-verdicts", "~=", word, "details") for word in words]
+    choices = _choices("verdict", words) + _choices("kind", KINDS)
+    style = f"<style>.ledger {{ --data: {len(ledgers)}; }} {' '.join(rules)}</style>"
+    return HTML(f'<div class="ledger">{style}{choices}{"".join(body)}</div>')
 
-    def outcome(row):
-        found = row["fd"]
-        run = found["holds"] + found["fails"] + found["undecided"]
-        lines = [MARKS[found["verdict"]]]
-        if run:
-            counts = f"✓ {found['holds']}, ✗ {found['fails']}, ? {found['undecided']}"
-            rest = f" of {found['made']}" if run < found["made"] else ""
-            lines += [f"<small>{counts}{rest}</small>", f"<small>{found['example']}</small>"]
-        words = verdicts.by_measure(row.to_dict())
-        others = [
-            f"{MARKS[word][0]} {verdicts.measure_name(metric)}"
-            for metric, word in words.items()
-            if metric != claims.FIRST and word != "not run"
-        ]
-        lines += [f"<small>{', '.join(others)}</small>"] * bool(others)
-        said = verdicts.disagreement(words)
-        return "<br>".join(lines + [f"<strong><small>{said}</small></strong>"] * bool(said))
 
-    def evidence(source):
-        page = claims.page_of(source)
-        there = (DATA.parent / "notebooks" / f"{page}.ipynb").is_file()
-        return f'<a href="{page}.html">{source}</a>' if there else source
-
-    frame = pd.DataFrame(
-        {
-            "claim": [
-                f"{row.sentence}<br><small>{row.place}. {row.note}</small>"
-                for row in ledger.itertuples()
-            ],
-            "here": ledger.apply(outcome, axis=1).tolist(),
-            "in the paper's tables": ledger["in_print"].tolist(),
-            "evidence": ledger["source"].map(evidence).tolist(),
-        },
-        index=ledger["id"].tolist(),
+def _hides(attribute: str, relation: str, value: str, what: str = "") -> str:
+    """The rule that hides all rows but those of a choice."""
+    return (
+        f'.ledger:has(input[value="{value}"]:checked) {what}[{attribute}]'
+        f':not([{attribute}{relation}"{value}"]) {{ display: none; }}'
     )
-    wrapped = {"text-align": "left", "vertical-align": "top", "white-space": "normal"}
-    style = frame.style.set_properties(**wrapped)
-    return style.set_properties(subset=["claim"], **{"min-width": "14em"})
+
+
+def _choices(name: str, words: dict[str, str]) -> str:
+    """Buttons of which one is pressed."""
+    button = '<label><input type="radio" name="{}" value="{}"{}> {}</label>'
+    every = button.format(name, f"every-{name}", " checked", f"every {name}")
+    rest = (button.format(name, value, "", word) for value, word in words.items())
+    return f"<fieldset><legend>{name}</legend>{every}{''.join(rest)}</fieldset>"
+
+
+def _claim(claim: dict, found: dict[str, dict]) -> str:
+    """One claim of the ledger with its verdicts, and the evidence for them."""
+    rows = {data: each.get(claim["id"]) for data, each in found.items()}
+    words = {data: row and row[claims.FIRST]["verdict"] for data, row in rows.items()}
+    marks = "".join(
+        f'<span data-label="{data}" class="{(word or "").replace(" ", "-")}">'
+        f"{MARKS[word] if word else ''}</span>"
+        for data, word in words.items()
+    )
+    verdicts_ = " ".join({word.replace(" ", "-") for word in words.values() if word})
+    page = claims.page_of(claim["source"])
+    there = (DATA.parent / "notebooks" / f"{page}.ipynb").is_file()
+    source = f'<a href="{page}.html">{claim["source"]}</a>' if there else claim["source"]
+    told = [f"{claim['place']}. {claim['note']}", f"In the paper's tables: {claim['in_print']}."]
+    told[1] += f" Evidence: {source}. Known as <code>{claim['id']}</code>."
+    told += [
+        f"<strong>{data}</strong>: {text}"
+        for data, row in rows.items()
+        if row
+        for text in [_outcome_in_words(row)]
+        if text
+    ]
+    evidence = "".join(f"<p>{text}</p>" for text in told)
+    return (
+        f'<details data-kind="{claim["kind"]}" data-verdicts="{verdicts_}">'
+        f"<summary><span>{claim['sentence']}</span>{marks}</summary>{evidence}</details>"
+    )
+
+
+def _outcome_in_words(row: dict) -> str:
+    """What the results of one data set say of a claim, but for the verdict itself."""
+    found = row[claims.FIRST]
+    run = found["holds"] + found["fails"] + found["undecided"]
+    counts = f"✓ {found['holds']}, ✗ {found['fails']}, ? {found['undecided']}"
+    rest = f" of {found['made']}" if run < found["made"] else ""
+    words = verdicts.by_measure(row)
+    others = ", ".join(
+        f"{MARKS[word][0]} {verdicts.measure_name(metric)}"
+        for metric, word in words.items()
+        if metric != claims.FIRST and word != "not run"
+    )
+    told = [counts + rest if run else "", found["example"], others, verdicts.disagreement(words)]
+    return ". ".join(filter(None, (text.rstrip(".") for text in told)))
 
 
 def crossed_table(found: pd.DataFrame, rows: list[str], columns: list[str]):
@@ -263,7 +320,7 @@ MARKED = (
 
 
 def gain_table(found: pd.DataFrame) -> pd.DataFrame:
-    """``audit.gains`` or ``our_gains``, ours ``marked``: rows data set and solver, columns NFE."""
+    """``audit.gains`` or ``our_gains``, ours ``marked``: rows solver and part, columns NFE."""
     parts = {"by_afs": "AFS", "by_step": "learned step"}
     words = {part: found[part].map(audit.as_printed) for part in parts}
     if "by_afs_found" in found:
@@ -272,12 +329,12 @@ def gain_table(found: pd.DataFrame) -> pd.DataFrame:
         words = {"by_afs": said[: len(found)], "by_step": said[len(found) :]}
     titles = found["dataset"].map(lambda name: describe(name).title)
     rows = found.assign(dataset=titles, **words)
-    frame = pd.concat(
-        {name: across_nfe(rows, ["dataset", "solver"], part) for part, name in parts.items()},
-        axis=1,
-    )
-    frame = frame.swaplevel(axis=1).fillna("–")
-    return frame[[(nfe, name) for nfe in frame.columns.unique(0) for name in parts.values()]]
+    long = rows.melt(["dataset", "solver", "nfe"], list(parts), "part", "cell")
+    long["part"] = long["part"].map(parts)
+    frame = across_nfe(long, ["dataset", "solver", "part"], "cell").fillna("–")
+    order = rows[["dataset", "solver"]].drop_duplicates().itertuples(index=False)
+    frame = frame.loc[[(*row, part) for row in order for part in parts.values()]]
+    return frame if frame.index.unique(0).size > 1 else frame.droplevel(0)
 
 
 def gains_in_words(found: pd.DataFrame) -> list[str]:

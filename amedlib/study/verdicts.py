@@ -136,6 +136,6 @@ def of_a_page(judged: pd.DataFrame) -> list[str]:
         claim, verdicts = some.iloc[0], list(some["verdict"])
         each = [verdicts.count(word) for word in ("holds", "does not hold", "undecided")]
         word = overall(verdicts, claim["made"], claim["universal"] == "yes")
-        counts = _counted(*each, claim["made"])
-        said.append(f"{claim['sentence'].rstrip('.')}: **{word}** ({counts}).")
+        counts = claim["note"] if word == "no power" else _counted(*each, claim["made"])
+        said.append(f"{claim['sentence'].rstrip('.')}: **{word}** ({counts.rstrip('.')}).")
     return said or ["No claim of the paper can be tested here."]

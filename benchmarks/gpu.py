@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,7 +26,7 @@ from amedlib.study.costs import training_evaluations
 from amedlib.training import Trainer, Training
 
 from . import official
-from .race import RELEASE, Pair, count_evaluations
+from .race import RELEASE, STUDENTS, Pair, count_evaluations
 from .sampling import Recorder
 from .timing import compare, ratio, seconds
 from .training import CIFAR10, FORMS, GRADIENTS
@@ -59,8 +60,10 @@ VARIANTS = {
     "float16, channels_last": {"precision": "float16", "channels_last": True},
 }
 COMPILED = {"float16, compiled": {"precision": "float16", "compiled": True}}
-# How the library trains in the race; the released code has float32.
+# How the library trains in the race; the released code has float32 unless said.
 RACERS = {"float32": {}, "float16": {"precision": "float16"}}
+# What a row of the race is of.
+RACE = ("dataset", "student", "variant")
 # Networks that the restated procedure knows.
 RACED = ("cifar10", "ffhq", "imagenet64")
 # Nominal TFLOP/s without sparsity, from NVIDIA's data sheets; float32 outside the tensor cores.
@@ -282,40 +285,54 @@ def training(bench: Bench, names) -> Iterator[dict]:
             yield from bench.measured({"dataset": name, "gradient": gradient}, fill)
 
 
-def race(bench: Bench, names, racers: dict) -> Iterator[dict]:
-    """A batch of training AMED-Solver, in turns with the released code's procedure, restated."""
-    for name in [name for name in names if name in RACED]:
-        for label, way in racers.items():
+def race(
+    bench: Bench, names, racers: dict, students=("AMED-Solver",), repeats=3, known=()
+) -> Iterator[dict]:
+    """A batch of training, in turns with the released code's procedure, restated.
 
-            def fill(row, name=name, way=way):
-                net, shape = bench.network(name)
-                batch = 2 if bench.tiny else amedlib.describe(name).training.get("batch", 128)
-                precision = way.get("precision", "float32")
-                config = Training(batch=batch, images=batch, precision=precision, **RELEASE)
-                theirs = official.Trainer(net, config, shape, bench.device)
-                own = copy.deepcopy(net)
-                labels = bench.labels(net)
-                ours = Trainer(own, config, shape, device=bench.device, labels=labels)
-                seeds = ours.seeds(0)
+    Args:
+        racers: how each side runs, by the name of the variant; the precision of the released side
+            is ``released``.
+        students: of ``race.STUDENTS``.
+        known: rows that there are already, of which none is measured again unless it failed.
+    """
+    there = [tuple(row.get(k) for k in RACE) for row in known if "failed" not in row]
+    raced = [name for name in names if name in RACED]
+    for name, (label, way), student in product(raced, racers.items(), students):
+        if (name, student, label) in there:
+            continue
 
-                def released():
-                    theirs.step(make_latents(seeds, shape), labels(seeds))
+        def fill(row, name=name, way=way, student=student):
+            net, shape = bench.network(name)
+            batch = 2 if bench.tiny else amedlib.describe(name).training.get("batch", 128)
+            precision = way.get("precision", "float32")
+            how = RELEASE | STUDENTS[student]
+            config = Training(batch=batch, images=batch, precision=precision, **how)
+            released = in_precision(net, way.get("released", "float32"))
+            theirs = official.Trainer(released, config, shape, bench.device)
+            own = copy.deepcopy(net)
+            labels = bench.labels(net)
+            ours = Trainer(own, config, shape, device=bench.device, labels=labels)
+            seeds = ours.seeds(0)
 
-                # The evaluations are as many with one image.
-                row |= count_evaluations(
-                    Pair(net, replace(config, batch=1, images=1), shape, device=bench.device)
-                )
-                if way.get("compiled"):
-                    own.compile(backend="eager" if bench.tiny else "inductor")
-                found = compare(bench.waiting(ours.step), bench.waiting(released), repeats=3)
-                row |= {"batch": batch, "at a time": ours.part, **ratio(*found)}
-                row |= {
-                    f"{side}, s": statistics.median(times)
-                    for side, times in zip(("ours", "official"), found, strict=True)
-                }
+            def step_released():
+                theirs.step(make_latents(seeds, shape), labels(seeds))
 
-            with same_backend():
-                yield from bench.measured({"dataset": name, "variant": label}, fill)
+            # The evaluations are as many with one image.
+            row |= count_evaluations(
+                Pair(net, replace(config, batch=1, images=1), shape, device=bench.device)
+            )
+            if way.get("compiled"):
+                own.compile(backend="eager" if bench.tiny else "inductor")
+            found = compare(bench.waiting(ours.step), bench.waiting(step_released), repeats)
+            row |= {"batch": batch, "at a time": ours.part, **ratio(*found)}
+            row |= {
+                f"{side}, s": statistics.median(times)
+                for side, times in zip(("ours", "official"), found, strict=True)
+            }
+
+        with same_backend():
+            yield from bench.measured(dict(zip(RACE, (name, student, label), strict=True)), fill)
 
 
 def overhead(bench: Bench, names) -> Iterator[dict]:

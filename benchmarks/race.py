@@ -35,6 +35,7 @@ STUDENTS = {
     "AMED-Solver without AFS": {"solver": "amed", "m": 1, "afs": False},
     "AMED-Plugin on iPNDM": {"solver": "ipndm", "m": 2, "options": {"order": 4}},
 }
+STUDENTS["AMED-Plugin on iPNDM without AFS"] = STUDENTS["AMED-Plugin on iPNDM"] | {"afs": False}
 
 
 class Pair:

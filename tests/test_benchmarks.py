@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +35,11 @@ def benchmarks(monkeypatch):
 @pytest.fixture
 def gpu(benchmarks):
     return benchmarks.gpu
+
+
+@pytest.fixture
+def card(benchmarks):
+    return importlib.import_module("benchmarks.card")
 
 
 def measure(benchmarks, path, *arguments):
@@ -218,7 +224,7 @@ def test_both_sides_of_the_race_draw_the_same_samples(race, benchmarks, net):
 
 
 def test_the_released_procedure_makes_the_evaluations_that_are_shared_here(race, net):
-    """Per interval one more with AMED-Solver, but where AFS needs none; with iPNDM as many."""
+    """Per interval one more with AMED-Solver, but where AFS needs none; with iPNDM in the first."""
     counts = {}
     for student, options in race.STUDENTS.items():
         both = race.Pair(
@@ -231,7 +237,7 @@ def test_the_released_procedure_makes_the_evaluations_that_are_shared_here(race,
             handle.remove()
             counts[student, side] = len(calls)
     extra = {name: counts[name, "official"] - counts[name, "ours"] for name in race.STUDENTS}
-    assert list(extra.values()) == [2, 3, 0]
+    assert list(extra.values()) == [2, 3, 0, 1]
     assert counts["AMED-Solver", "official"] == 4 * 3 + 2 * 3 - 1
 
 
@@ -303,13 +309,16 @@ def watch(monkeypatch, trainer) -> list[dict]:
     return seen
 
 
-@pytest.mark.parametrize("racer", ["float32", "float16", "float16, compiled"])
-def test_both_sides_of_the_race_on_a_gpu_have_the_same_backend(gpu, monkeypatch, racer):
+@pytest.mark.parametrize(
+    "racer", ["float32", "float16", "float16, compiled", "bfloat16", "bfloat16, ours alone"]
+)
+def test_both_sides_of_the_race_on_a_gpu_have_the_same_backend(gpu, card, monkeypatch, racer):
     ours = watch(monkeypatch, gpu.Trainer)
     theirs = watch(monkeypatch, gpu.official.Trainer)
     before = backend()
     bench = gpu.Bench("cpu", 1000, tiny=True)
-    (row,) = gpu.race(bench, ["cifar10"], {racer: (gpu.RACERS | gpu.COMPILED)[racer]})
+    racers = gpu.RACERS | gpu.COMPILED | card.RACERS
+    (row,) = gpu.race(bench, ["cifar10"], {racer: racers[racer]})
     assert "failed" not in row
     # Stated, not only compared: both sides could be wrong.
     expected = before | {
@@ -353,6 +362,127 @@ def test_the_race_on_a_gpu_is_tried(gpu):
     assert [row["variant"] for row in rows] == list(gpu.RACERS)
     assert not [row for row in rows if "failed" in row]
     assert all(row["ratio"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("racer", ["float32", "bfloat16", "bfloat16, ours alone"])
+def test_each_side_of_the_race_has_the_precision_that_is_said(gpu, card, monkeypatch, racer):
+    seen = {"ours": set(), "released": set()}
+
+    def look(side, trainer):
+        step = trainer.step
+
+        def watched(self, *args):
+            net = getattr(self, "net", None) or self.denoiser
+            while hasattr(net, "denoiser"):
+                net = net.denoiser
+            convolution = next(m for m in net.modules() if type(m).__name__ == "Conv2d")
+            handle = convolution.register_forward_hook(lambda *a: seen[side].add(a[-1].dtype))
+            step(self, *args)
+            handle.remove()
+
+        monkeypatch.setattr(trainer, "step", watched)
+
+    look("ours", gpu.Trainer), look("released", gpu.official.Trainer)
+    # The evaluations are counted by another pair, which has a precision of its own.
+    counted = {"ours, calls": 1, "official, calls": 1}
+    monkeypatch.setattr(gpu, "count_evaluations", lambda both: dict(counted))
+    bench = gpu.Bench("cpu", 1000, tiny=True)
+    (row,) = gpu.race(bench, ["cifar10"], {racer: card.RACERS[racer]})
+    assert "failed" not in row
+    half = {torch.bfloat16} if "bfloat16" in racer else {torch.float32}
+    assert seen["ours"] == half
+    assert seen["released"] == ({torch.float32} if "alone" in racer else half)
+
+
+# --- python -m benchmarks.card ------------------------------------------------------------------
+
+
+def study_of_three():
+    learned = {"images": 4, "batch": 2}
+    amed = Run(solver="amed", nfe=3, afs=True, samples=20, predictor=learned)
+    plain = Run(nfe=3, samples=20)
+    return {
+        "plain": [plain, plain.with_metric("fd_joint")],
+        "trained": [amed],
+        "again": [amed.with_metric("endpoint_error"), replace(amed, samples=30)],
+    }
+
+
+def test_a_card_is_used_until_the_time_is_up_and_then_resumed(card, monkeypatch, tmp_path, capsys):
+    planned = study_of_three()
+    monkeypatch.setattr(card, "parts", lambda tiny: planned)
+    monkeypatch.setattr(card, "RACES", card.RACES[:2])
+    expected = card.estimate(planned, tmp_path)
+    assert expected["results"].sum() == 5
+    evaluated, data = [], amedlib.load_dataset("digits", "cpu")
+    handle = data.denoiser.register_forward_pre_hook(lambda _, x: evaluated.append(len(x[0])))
+    steps = []
+    monkeypatch.setattr(card, "_in_time", stopping := Stopping(card._in_time, steps, after=15))
+    given = ["--tiny", "--device", "cpu", "--processes", "1", "--into", str(tmp_path)]
+    try:
+        assert card.main(given) == 0
+        assert 0 < sum(evaluated) < expected["evaluations"].sum()
+        assert "race: 0 of 2 rows not run" in (said := capsys.readouterr().out)
+        assert "again: 2 of 2 results not run." in said
+        (record,) = (tmp_path / "gpu").iterdir()
+        raced, written = json.loads(record.read_text()), record.stat().st_mtime_ns
+        stopping.after = 10**6
+        assert card.main(given) == 0
+        assert sum(evaluated) == expected["evaluations"].sum()  # counted before; none made twice
+        assert card.main(given) == 0
+        assert sum(evaluated) == expected["evaluations"].sum()
+    finally:
+        handle.remove()
+    assert "not run" not in capsys.readouterr().out.replace("0 of 2 rows not run", "")
+    assert len(set(steps)) == len(steps)
+    assert card.estimate(planned, tmp_path)["evaluations"].sum() == 0
+    assert [row["variant"] for row in raced["race"]] == ["float32", "bfloat16"]
+    assert record.stat().st_mtime_ns == written
+
+
+class Stopping:
+    """In the place of what begins a piece of work: after so many the time is up."""
+
+    def __init__(self, begin, steps, after):
+        self.begin, self.steps, self.after = begin, steps, after
+
+    def __call__(self, deadline, function, *args):
+        if len(self.steps) >= self.after:
+            deadline = 0.0
+        if deadline and function.__name__ == "_work":
+            self.steps.append(str(args))
+        return self.begin(deadline, function, *args)
+
+
+def test_what_fails_on_a_card_is_said_and_the_rest_is_done(card, monkeypatch, tmp_path, capsys):
+    planned = study_of_three()
+    monkeypatch.setattr(card, "parts", lambda tiny: planned)
+    monkeypatch.setattr(card, "RACES", [])
+    from amedlib.study import execute
+
+    monkeypatch.setattr(execute, "train", lambda *_: 1 / 0)
+    given = ["--tiny", "--device", "cpu", "--processes", "1", "--into", str(tmp_path)]
+    assert card.main(given) == 1
+    captured = capsys.readouterr()
+    assert "division by zero" in captured.err
+    assert "trained: 1 of 1 results not run." in captured.out and "plain" in captured.out
+    assert card.missing(planned["plain"], tmp_path) == 0
+
+
+def test_the_plan_for_a_card_is_what_the_book_shows(card):
+    """The leaderboard has every metric, the tables one training; what tells most goes first."""
+    planned = card.parts()
+    names = list(planned)
+    assert names[0] == "leaderboard, solvers, NFE 5"
+    first_table = next(i for i, name in enumerate(names) if name.startswith("Table"))
+    assert all(name.startswith("Table") for name in names[first_table:])
+    asked = {run.metric for name in names[:first_table] for run in planned[name]}
+    assert asked == set(amedlib.describe("cifar10_small").metrics)
+    ends = [run for runs in planned.values() for run in runs if run.metric == "endpoint_error"]
+    others = [run for runs in planned.values() for run in runs if run.metric != "endpoint_error"]
+    assert {run.samples for run in ends} == {1024} and {run.samples for run in others} == {10_000}
+    wanted = {run.key for run in plans.table2("cifar10_small", ["AMED-Solver"])["run"]}
+    assert wanted <= {run.key for run in others}
 
 
 # --- growth --------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ _CIFAR10_SMALL = Entry(
     # As many as there are test images, so that distances compare with the floor.
     samples=10_000,
     metrics=("fd", "fd_joint", "endpoint_error"),
-    endpoint_samples=1_000,
+    endpoint_samples=1_024,
     batch=1_000,
     feature_distance_name="FD (CIFAR-10 features)",
     reference_name="the 50,000 training images",

@@ -334,6 +334,36 @@ def make_predictors(runs: Iterable[Run], results_dir=RESULTS, device=None) -> No
             raise error
 
 
+def _plan(missing: Iterable[Run], results_dir: Path, device, fingerprints: dict[str, str]):
+    """The Runs that are computed together, by a key; the paths of their results, and the tasks.
+
+    Runs that differ in the metric only are computed together, as the first of them.
+    """
+    groups: dict[str, list[Run]] = {}
+    for what in missing:
+        groups.setdefault(_leader(what).key, []).append(what)
+    tasks, of = {}, {}
+    for key, group in groups.items():
+        leader = _leader(group[0])
+        first = group[0] if load_result(leader, results_dir) else leader
+        of[key] = result_path(first, results_dir)
+        tasks |= _tasks(first, results_dir, device, fingerprints[first.dataset])
+    return groups, of, tasks
+
+
+def pending(runs: Iterable[Run], results_dir=RESULTS) -> dict[str, float]:
+    """Network evaluations that Runs still take, by the file that each piece of work makes.
+
+    What the store has is left out; what Runs share is there once.
+    """
+    results_dir = checks.path("results_dir", results_dir).absolute()
+    missing = {what.key: what for what in runs if load_result(what, results_dir) is None}
+    names = {what.dataset for what in missing.values()}
+    fingerprints = {name: fingerprint_of(load_dataset(name, "cpu")) for name in names}
+    _, _, tasks = _plan(missing.values(), results_dir, "cpu", fingerprints)
+    return {path: evaluations_of(task) for path, task in tasks.items()}
+
+
 def _complete(runs: list[Run], results_dir, device, progress, cluster):
     """Results by key; Runs whose computation failed, with the error; and how many there were."""
     check_cluster(cluster)
@@ -355,16 +385,7 @@ def _complete(runs: list[Run], results_dir, device, progress, cluster):
         asked = {what.metric for what in missing.values() if what.dataset == name}
         if asked & {*FRECHET}:
             _ = data.reference
-    # Runs that differ in the metric only are computed together, as the first of them.
-    groups: dict[str, list[Run]] = {}
-    for what in missing.values():
-        groups.setdefault(_leader(what).key, []).append(what)
-    tasks, of = {}, {}
-    for key, group in groups.items():
-        leader = _leader(group[0])
-        first = group[0] if load_result(leader, results_dir) else leader
-        of[key] = result_path(first, results_dir)
-        tasks |= _tasks(first, results_dir, device, fingerprints[first.dataset])
+    groups, of, tasks = _plan(missing.values(), results_dir, device, fingerprints)
     with one_thread(), connect(cluster, device) as workers:
         with tempfile.NamedTemporaryFile(dir=results_dir, prefix=".seen") as mark:
             name, code = Path(mark.name).name, code_fingerprint()

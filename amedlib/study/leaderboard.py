@@ -150,6 +150,34 @@ def colour(nfes=(3, 5), seeds=SEEDS) -> pd.DataFrame:
 
 COLOUR = ("iPNDM", "DPM-Solver++(3M)")
 
+# On colour with a GPU. Of the untrained these first; of the learned, these are trained once.
+STRONG = ("iPNDM", "DEIS", "DPM-Solver++(3M)", "UniPC-3")
+ONCE = ("GITS", "LD3", "all numbers", "AMED-Solver, for the end", "AMED-Plugin, for the end")
+
+
+def colour_on_gpu(dataset: str = "cifar10_small", nfes=(5, 3, 7, 9), seeds=SEEDS) -> pd.DataFrame:
+    """The leaderboard on colour in full precision, samples and trajectories, what tells most first.
+
+    Returns:
+        Columns as of ``untrained``, and part: what belongs together, by which one may stop.
+    """
+    plain = untrained(dataset, nfes)
+    plain = plain[plain["afs"]]
+    strong = plain["method"].isin(STRONG)
+    found = []
+    for nfe in nfes:
+        trained = [
+            learned(dataset, ("AMED-Solver", "AMED-Plugin"), (nfe,), seeds),
+            learned(dataset, ONCE, (nfe,), seeds[:1]),
+        ]
+        found.append(plain[strong & (plain["nfe"] == nfe)].assign(part=f"solvers, NFE {nfe}"))
+        found += [each.assign(part=f"learned, NFE {nfe}") for each in trained]
+    found += [
+        plain[~strong & (plain["nfe"] == nfe)].assign(part=f"other solvers, NFE {nfe}")
+        for nfe in nfes
+    ]
+    return pd.concat(found, ignore_index=True)
+
 
 # --- which freedom is worth what ------------------------------------------------------------------
 

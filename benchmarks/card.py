@@ -63,7 +63,7 @@ def tried(runs: list[Run]) -> list[Run]:
     small = [
         replace(run, samples=20, predictor=run.predictor and run.predictor | TINY)
         for run in runs
-        if run.r != "searched" and run.nfe <= 5
+        if run.r != "searched" and run.nfe <= 4
     ]
     return small[:: max(1, (len(small) - 1) // 2)]
 

@@ -2,9 +2,11 @@
 
 import importlib.util
 import json
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -15,7 +17,7 @@ from toys import TinyNet
 import amedlib
 from amedlib.datasets.loaders import load_weights
 from amedlib.files import save_tensors
-from amedlib.study import costs, page, plans, published
+from amedlib.study import costs, execute, page, plans, published, store
 from amedlib.study.run import Result, Run
 from amedlib.study.store import predictor_path, save_result
 from amedlib.training import Trainer, Training
@@ -397,27 +399,42 @@ def test_each_side_of_the_race_has_the_precision_that_is_said(gpu, card, monkeyp
 # --- python -m benchmarks.card ------------------------------------------------------------------
 
 
-def study_of_three():
+@pytest.fixture
+def planned(card, monkeypatch):
+    """Three parts, which share a training and the ODE's solution; that in few steps."""
+    monkeypatch.setitem(store.SOLUTION, "num_steps", 9)
     learned = {"images": 4, "batch": 2}
     amed = Run(solver="amed", nfe=3, afs=True, samples=20, predictor=learned)
     plain = Run(nfe=3, samples=20)
-    return {
+    found = {
         "plain": [plain, plain.with_metric("fd_joint")],
         "trained": [amed],
-        "again": [amed.with_metric("endpoint_error"), replace(amed, samples=30)],
+        "again": [amed.with_metric("endpoint_error"), replace(plain, nfe=4)],
     }
+    monkeypatch.setattr(card, "parts", lambda tiny: found)
+    return found
 
 
-def test_a_card_is_used_until_the_time_is_up_and_then_resumed(card, monkeypatch, tmp_path, capsys):
-    planned = study_of_three()
-    monkeypatch.setattr(card, "parts", lambda tiny: planned)
+def test_a_card_is_used_until_the_time_is_up_and_then_resumed(
+    card, planned, monkeypatch, tmp_path, capsys
+):
     monkeypatch.setattr(card, "RACES", card.RACES[:2])
     expected = card.estimate(planned, tmp_path)
     assert expected["results"].sum() == 5
     evaluated, data = [], amedlib.load_dataset("digits", "cpu")
     handle = data.denoiser.register_forward_pre_hook(lambda _, x: evaluated.append(len(x[0])))
-    steps = []
-    monkeypatch.setattr(card, "_in_time", stopping := Stopping(card._in_time, steps, after=15))
+    done, begin, most = [], card._in_time, [15]
+    # The time is up after so many pieces of work.
+    late = lambda: time.time() + 10**6 * (len(done) >= most[0])  # noqa: E731
+    monkeypatch.setattr(card, "time", SimpleNamespace(time=late))
+
+    def noted(deadline, function, *args):
+        found = begin(deadline, function, *args)
+        if function.__name__ == "_work":
+            done.append(str(args))
+        return found
+
+    monkeypatch.setattr(card, "_in_time", noted)
     given = ["--tiny", "--device", "cpu", "--processes", "1", "--into", str(tmp_path)]
     try:
         assert card.main(given) == 0
@@ -426,7 +443,7 @@ def test_a_card_is_used_until_the_time_is_up_and_then_resumed(card, monkeypatch,
         assert "again: 2 of 2 results not run." in said
         (record,) = (tmp_path / "gpu").iterdir()
         raced, written = json.loads(record.read_text()), record.stat().st_mtime_ns
-        stopping.after = 10**6
+        most[0] = 10**6
         assert card.main(given) == 0
         assert sum(evaluated) == expected["evaluations"].sum()  # counted before; none made twice
         assert card.main(given) == 0
@@ -434,32 +451,16 @@ def test_a_card_is_used_until_the_time_is_up_and_then_resumed(card, monkeypatch,
     finally:
         handle.remove()
     assert "not run" not in capsys.readouterr().out.replace("0 of 2 rows not run", "")
-    assert len(set(steps)) == len(steps)
+    assert len(set(done)) == len(done)
     assert card.estimate(planned, tmp_path)["evaluations"].sum() == 0
     assert [row["variant"] for row in raced["race"]] == ["float32", "bfloat16"]
     assert record.stat().st_mtime_ns == written
 
 
-class Stopping:
-    """In the place of what begins a piece of work: after so many the time is up."""
-
-    def __init__(self, begin, steps, after):
-        self.begin, self.steps, self.after = begin, steps, after
-
-    def __call__(self, deadline, function, *args):
-        if len(self.steps) >= self.after:
-            deadline = 0.0
-        if deadline and function.__name__ == "_work":
-            self.steps.append(str(args))
-        return self.begin(deadline, function, *args)
-
-
-def test_what_fails_on_a_card_is_said_and_the_rest_is_done(card, monkeypatch, tmp_path, capsys):
-    planned = study_of_three()
-    monkeypatch.setattr(card, "parts", lambda tiny: planned)
+def test_what_fails_on_a_card_is_said_and_the_rest_is_done(
+    card, planned, monkeypatch, tmp_path, capsys
+):
     monkeypatch.setattr(card, "RACES", [])
-    from amedlib.study import execute
-
     monkeypatch.setattr(execute, "train", lambda *_: 1 / 0)
     given = ["--tiny", "--device", "cpu", "--processes", "1", "--into", str(tmp_path)]
     assert card.main(given) == 1

@@ -125,7 +125,7 @@ def on_gpu(processes: int, results_dir=RESULTS) -> pd.DataFrame:
     """
     metadata = load_weights("cifar10_edm.safetensors")[1]
     flops = evaluation_flops(json.loads(metadata["init_kwargs"]))
-    runs, trained, _ = _parts(plans.table2("cifar10_small"))
+    runs, trained, _ = _parts(plans.table2("cifar10_small", seeds=[0]))
     found = [result for what in runs if (result := load_result(what, results_dir))]
     known = [what for what in trained if predictor_path(what, results_dir).is_file()]
     seconds = [float(load_tensors(predictor_path(w, results_dir))[1]["seconds"]) for w in known]

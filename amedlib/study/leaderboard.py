@@ -144,8 +144,7 @@ def colour(nfes=(3, 5), seeds=SEEDS) -> pd.DataFrame:
         plain[plain["method"].eq("iPNDM") & plain["schedule"].eq("polynomial")],
         learned(dataset, ("AMED-Solver", "AMED-Plugin"), nfes, seeds[:1], ON_CPU["samples"]),
     ]
-    both = pd.concat([half, *single], ignore_index=True)
-    return both.assign(precision=[run.precision for run in both["run"]])
+    return pd.concat([half, *single], ignore_index=True)
 
 
 COLOUR = ("iPNDM", "DPM-Solver++(3M)")
@@ -177,6 +176,13 @@ def colour_on_gpu(dataset: str = "cifar10_small", nfes=(5, 3, 7, 9), seeds=SEEDS
         for nfe in nfes
     ]
     return pd.concat(found, ignore_index=True)
+
+
+def all_colour() -> pd.DataFrame:
+    """``colour`` and ``colour_on_gpu``; columns precision and samples tell the rows apart."""
+    both = pd.concat([colour(), colour_on_gpu()], ignore_index=True)
+    precision, samples = zip(*[(run.precision, run.samples) for run in both["run"]], strict=True)
+    return both.assign(precision=precision, samples=samples)
 
 
 # --- which freedom is worth what ------------------------------------------------------------------

@@ -236,8 +236,14 @@ def test_cells_carry_the_headings_that_they_stand_under(build):
     table = BeautifulSoup(labelled, "html.parser").table
     assert [td["data-label"] for td in table.find_all("td")] == ["NFE 3, FD", "NFE 3, paper"] * 2
     assert [th.get("data-label") for th in table.tbody.find_all("th")] == [None, "AFS", "AFS"]
-    assert "1.0 ±\N{NO-BREAK SPACE}0.1" in table.get_text() and "stack" not in table.get("class", [])
-    wide = pd.concat([frame] * 4, axis=1, keys=list("abcd")).droplevel(0, axis=1).T.reset_index(drop=True)
+    assert "1.0 ±\N{NO-BREAK SPACE}0.1" in table.get_text() and "stack" not in table.get(
+        "class", []
+    )
+    wide = (
+        pd.concat([frame] * 4, axis=1, keys=list("abcd"))
+        .droplevel(0, axis=1)
+        .T.reset_index(drop=True)
+    )
     labelled = re.sub("<table.*</table>", build._labelled, wide.T.to_html(), flags=re.DOTALL)
     assert "stack" in BeautifulSoup(labelled, "html.parser").table.get("class", [])
 

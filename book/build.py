@@ -197,7 +197,7 @@ def label_tables(html: Path) -> None:
 def _labelled(found: re.Match) -> str:
     """A table whose cells carry their headings; of class ``stack`` if a telephone is too narrow.
 
-    Of class ``short`` besides if its cells are, and a cell of class ``none`` if it has only a dash.
+    Of class ``short`` besides if its cells are. A cell that is empty or a dash is of class ``none``.
     """
     soup = BeautifulSoup(found[0], "html.parser")
     table = soup.table
@@ -214,7 +214,7 @@ def _labelled(found: re.Match) -> str:
             if name:
                 cell["data-label"] = name
             lines = cell.get_text("\n").splitlines() or [""]
-            if lines == ["–"]:
+            if lines in (["–"], [""]):
                 cell["class"] = [*cell.get("class", []), "none"]
             words[column] = max(words[column], *(len(word) for x in lines for word in x.split(" ")))
             if cell.name == "td":

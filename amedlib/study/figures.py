@@ -64,7 +64,7 @@ def look(method: str) -> dict:
 def variants(method: str, n: int) -> list[dict]:
     """The looks of so many variants of one method: its own, told apart by dashes and lightness."""
     colour = np.array(to_rgb(look(method)["color"]))
-    lightness = np.linspace(0, 0.5, n) if n > 2 else np.zeros(n)
+    lightness = np.linspace(0, 0.4, n) if n > 2 else np.zeros(n)
     return [
         look(method) | {"color": to_hex(colour + (1 - colour) * pale), "linestyle": dashes}
         for pale, dashes in zip(lightness, cycle(DASHES), strict=False)

@@ -195,7 +195,7 @@ def layers(predictor: Predictor) -> pd.DataFrame:
 
 def architecture(predictors: dict[str, Predictor]) -> Figure:
     """Figure 6: the network g_phi, a panel per predictor, drawn from its own layers."""
-    figure = Figure(figsize=(WIDTH, 6.2 * len(predictors)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 6.8 * len(predictors)), layout="constrained")
     axes = figure.subplots(len(predictors), 1, squeeze=False)[:, 0]
     for (title, predictor), ax in zip(predictors.items(), axes, strict=True):
         _draw_network(ax, predictor)
@@ -207,8 +207,8 @@ def architecture(predictors: dict[str, Predictor]) -> Figure:
 def _box(ax, place, text, kind=""):
     """A box at a place: how far down, and how far from the right."""
     down, left = place
-    corner = (-left - 0.46, -down - 0.58)
-    ax.add_patch(FancyBboxPatch(corner, 0.92, 1.16, "round,pad=0.02", facecolor=SHADES[kind]))
+    corner = (-left - 0.46, -down - 0.66)
+    ax.add_patch(FancyBboxPatch(corner, 0.92, 1.32, "round,pad=0.02", facecolor=SHADES[kind]))
     ax.text(-left, -down, text, ha="center", va="center", color=INK)
 
 
@@ -225,7 +225,7 @@ def _arrows(ax, *places):
     """From box to box."""
     style = {"arrowstyle": "-|>", "color": "#757575", "shrinkA": 0, "shrinkB": 0}
     for a, b in pairwise(places):
-        ax.annotate("", (-b[1], -b[0] + 0.62), (-a[1], -a[0] - 0.62), arrowprops=style)
+        ax.annotate("", (-b[1], -b[0] + 0.69), (-a[1], -a[0] - 0.69), arrowprops=style)
 
 
 def _draw_network(ax, predictor):

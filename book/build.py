@@ -197,7 +197,7 @@ def label_tables(html: Path) -> None:
 def _labelled(found: re.Match) -> str:
     """A table whose cells carry their headings; of class ``stack`` if a telephone is too narrow.
 
-    Of class ``short`` besides if its cells are. A cell that is empty or a dash is of class ``none``.
+    Of class ``short`` besides if its cells are. An empty cell or a dash is of class ``none``.
     """
     soup = BeautifulSoup(found[0], "html.parser")
     table = soup.table

@@ -33,6 +33,7 @@ WORKERS = min(2, CPUS)
 
 # Pixels: a page on a telephone, and what a column and a letter of a table take of it.
 NARROW, PER_COLUMN, PER_LETTER = 340, 10, 7.2
+SHORT = 20  # letters of a cell and its heading, of which two stand side by side there
 LARGEST = 3e6  # bytes of a page, so that it opens on a telephone
 
 # What a browser fetches by itself when it opens a page, if the address leaves the book.
@@ -194,26 +195,33 @@ def label_tables(html: Path) -> None:
 
 
 def _labelled(found: re.Match) -> str:
-    """A table whose cells carry their headings; of class ``stack`` if a telephone is too narrow."""
+    """A table whose cells carry their headings; of class ``stack`` if a telephone is too narrow.
+
+    Of class ``short`` besides if its cells are. An empty cell or a dash is of class ``none``.
+    """
     soup = BeautifulSoup(found[0], "html.parser")
     table = soup.table
     for text in table.find_all(string=re.compile("± ")):
         text.replace_with(text.replace("± ", "±\N{NO-BREAK SPACE}"))
     heads = _grid(table.thead.find_all("tr")) if table.thead else []
     names = _names_of_columns(heads)
-    words = [0] * len(names)
+    words = [max(map(len, name.split()), default=0) for name in names]
+    longest = 0
     for row in _grid(tr for tr in table.find_all("tr") if tr.find_parent("thead") is None):
         for column, (cell, name) in enumerate(zip(row, names, strict=False)):
             if cell is None or cell.get("colspan", "1") != "1":
                 continue
             if name:
                 cell["data-label"] = name
-            longest = max(
-                map(len, cell.get_text(" ").replace("\N{NO-BREAK SPACE}", "_").split() or [""])
-            )
-            words[column] = max(words[column], longest)
+            lines = cell.get_text("\n").splitlines() or [""]
+            if lines in (["–"], [""]):
+                cell["class"] = [*cell.get("class", []), "none"]
+            words[column] = max(words[column], *(len(word) for x in lines for word in x.split(" ")))
+            if cell.name == "td":
+                longest = max(longest, len(name) + max(map(len, lines)))
     if sum(PER_COLUMN + PER_LETTER * letters for letters in words) > NARROW:
-        table["class"] = [*table.get("class", []), "stack"]
+        short = ["short"] if longest <= SHORT else []
+        table["class"] = [*table.get("class", []), "stack", *short]
     return str(soup)
 
 

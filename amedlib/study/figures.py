@@ -64,7 +64,7 @@ def look(method: str) -> dict:
 def variants(method: str, n: int) -> list[dict]:
     """The looks of so many variants of one method: its own, told apart by dashes and lightness."""
     colour = np.array(to_rgb(look(method)["color"]))
-    lightness = np.linspace(0, 0.5, n) if n > 2 else np.zeros(n)
+    lightness = np.linspace(0, 0.4, n) if n > 2 else np.zeros(n)
     return [
         look(method) | {"color": to_hex(colour + (1 - colour) * pale), "linestyle": dashes}
         for pale, dashes in zip(lightness, cycle(DASHES), strict=False)
@@ -83,7 +83,7 @@ def _panels(n, height=3.0, columns=2, **options):
     return figure, list(axes[:n])
 
 
-def _legend(figure, ax):
+def legend_below(figure: Figure, ax) -> None:
     """The legend of one panel, below all of them, for which the figure grows."""
     handles, labels = ax.get_legend_handles_labels()
     columns = 3 if max(map(len, labels)) < 18 else 2 if max(map(len, labels)) < 32 else 1
@@ -144,7 +144,7 @@ def against_nfe(panels: dict[str, pd.DataFrame], ylabels, levels=None) -> Figure
         _axis_of_nfe(ax, frame["nfe"].unique())
         _title(ax, title)
         ax.set(ylabel=label)
-    _legend(figure, axes[0])
+    legend_below(figure, axes[0])
     return figure
 
 
@@ -189,7 +189,7 @@ def cells_figure(number: int, measured: pd.DataFrame, unit: str) -> Figure:
         _log_scale(ax)
         _axis_of_nfe(ax, found["nfe"].unique())
         ax.set(title=title, ylabel=label)
-    _legend(figure, axes[0])
+    legend_below(figure, axes[0])
     return figure
 
 
@@ -215,7 +215,7 @@ def against_loss(found: pd.DataFrame, unit: str) -> Figure:
     _log_scale(ax)
     _axis_of_nfe(ax, found["nfe"].unique())
     ax.set(ylabel=unit)
-    _legend(figure, ax)
+    legend_below(figure, ax)
     return figure
 
 
@@ -256,7 +256,7 @@ def alignment(curves: dict[str, dict]) -> Figure:
     for ax in (left, right):
         ax.set_xlabel("step")
         ax.xaxis.get_major_locator().set_params(integer=True)
-    _legend(figure, left)
+    legend_below(figure, left)
     return figure
 
 
@@ -293,7 +293,7 @@ def local_errors_figure(curves: dict[str, dict]) -> Figure:
     ax.set_yscale("log")
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(xlabel="step", ylabel="local error (RMS norm)")
-    _legend(figure, ax)
+    legend_below(figure, ax)
     return figure
 
 
@@ -334,7 +334,7 @@ def gains_figure(panels: dict[str, pd.DataFrame], ylabels) -> Figure:
     axes[0].plot([], [], markerfacecolor="none", label="plain solver", **grey)
     axes[0].plot([], [], label="with AFS", **grey)
     axes[0].plot([], [], **learned)
-    _legend(figure, axes[0])
+    legend_below(figure, axes[0])
     return figure
 
 
@@ -368,7 +368,7 @@ def corruptions_figure(panels: dict[str, pd.DataFrame]) -> Figure:
             ax.set_xticks(range(5), [f"{strength:g}" for strength in rows["strength"]])
             ax.set(title=f"{title}: {kind}", xlabel=fill(about.unit, 30))
     figure.supylabel("FD, pure noise = 1", fontsize="medium")
-    _legend(figure, axes[0][0])
+    legend_below(figure, axes[0][0])
     return figure
 
 

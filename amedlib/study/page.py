@@ -51,6 +51,7 @@ def use_style() -> None:
             "font.family": "sans-serif",
             "font.size": 10,  # with `figures.WIDTH`, nothing is below 9 pixels on a page
             "axes.titlesize": "medium",
+            "axes.formatter.min_exponent": 9,  # 0.01, whose power of ten would be small print
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.grid": True,

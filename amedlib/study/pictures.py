@@ -14,7 +14,7 @@ from amedlib.checks import require
 from amedlib.intermediate import Predictor
 from amedlib.sampling import sample
 from amedlib.study.execute import context_of, make_predictors, prepare
-from amedlib.study.figures import BLUE, WIDTH, look
+from amedlib.study.figures import BLUE, WIDTH, legend_below, look
 from amedlib.study.run import Run
 from amedlib.study.store import RESULTS, predictor_path
 from amedlib.study.theory import Plane, Step
@@ -95,7 +95,7 @@ def strip(images: torch.Tensor, size: int = 64) -> np.ndarray:
 
 
 def image_table(cells: pd.DataFrame, titles: Sequence[str]) -> Figure:
-    """Images in a table: a strip per cell below its name, a row per method, a column per title."""
+    """Images in a table: a strip per cell, a row per method below its name, a column per title."""
     require(cells.size > 0, "cells", tuple(cells.shape), "a table with at least one image")
     strips = cells.map(lambda images: strip(images) if torch.is_tensor(images) else None)
     high, wide = next(s for row in strips.to_numpy() for s in row if s is not None).shape[:2]
@@ -109,7 +109,8 @@ def image_table(cells: pd.DataFrame, titles: Sequence[str]) -> Figure:
                 ax.imshow(strips.iloc[i, j], interpolation="none")
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
-            ax.set_title(f"{name}, {title}" if j == 0 else title, loc="left", pad=3)
+            above = [title] * (i == 0) + [name] * (j == 0)
+            ax.set_title(": ".join(above), loc="left", pad=3)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, hspace=0, wspace=0)
     return figure
 
@@ -194,7 +195,7 @@ def layers(predictor: Predictor) -> pd.DataFrame:
 
 def architecture(predictors: dict[str, Predictor]) -> Figure:
     """Figure 6: the network g_phi, a panel per predictor, drawn from its own layers."""
-    figure = Figure(figsize=(WIDTH, 6.2 * len(predictors)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 6.8 * len(predictors)), layout="constrained")
     axes = figure.subplots(len(predictors), 1, squeeze=False)[:, 0]
     for (title, predictor), ax in zip(predictors.items(), axes, strict=True):
         _draw_network(ax, predictor)
@@ -206,8 +207,8 @@ def architecture(predictors: dict[str, Predictor]) -> Figure:
 def _box(ax, place, text, kind=""):
     """A box at a place: how far down, and how far from the right."""
     down, left = place
-    corner = (-left - 0.46, -down - 0.58)
-    ax.add_patch(FancyBboxPatch(corner, 0.92, 1.16, "round,pad=0.02", facecolor=SHADES[kind]))
+    corner = (-left - 0.46, -down - 0.66)
+    ax.add_patch(FancyBboxPatch(corner, 0.92, 1.32, "round,pad=0.02", facecolor=SHADES[kind]))
     ax.text(-left, -down, text, ha="center", va="center", color=INK)
 
 
@@ -224,14 +225,14 @@ def _arrows(ax, *places):
     """From box to box."""
     style = {"arrowstyle": "-|>", "color": "#757575", "shrinkA": 0, "shrinkB": 0}
     for a, b in pairwise(places):
-        ax.annotate("", (-b[1], -b[0] + 0.62), (-a[1], -a[0] - 0.62), arrowprops=style)
+        ax.annotate("", (-b[1], -b[0] + 0.69), (-a[1], -a[0] - 0.69), arrowprops=style)
 
 
 def _draw_network(ax, predictor):
     found = layers(predictor)
     h, w = predictor.bottleneck_size
     x = [0, 1.7, 3.4, 5.1, 6.8, 8.5, 10.2]
-    _box(ax, (x[0], 3), f"bottleneck at $t_{{n+1}}$\nchannels × {h} × {w}")
+    _box(ax, (x[0], 3), f"bottleneck at tₙ₊₁\nchannels × {h} × {w}")
     _box(ax, (x[1], 3), f"channel mean\n{h} × {w}")
     _layer(ax, (x[2], 3), found.loc["enc_layer0"], ", SiLU")
     _layer(ax, (x[3], 3), found.loc["enc_layer1"])
@@ -239,7 +240,7 @@ def _draw_network(ax, predictor):
     _arrows(ax, *((column, 3) for column in x[:4]), joined)
 
     embedding = found.loc["map_layer0"]
-    times = ["$t_{n+1}$", "$t_n$"][: embedding["calls"]]
+    times = ["tₙ₊₁", "tₙ"][: embedding["calls"]]
     lanes = [1.0, 0.0][: len(times)]
     shared = (x[2], float(np.mean(lanes)))
     for text, y in zip(times, lanes, strict=True):
@@ -253,9 +254,9 @@ def _draw_network(ax, predictor):
     _box(ax, joined, f"concatenation\n{found.loc['fc_r', 'inputs']} numbers")
     heads = 2 + np.arange(len(outputs))[::-1] - (len(outputs) - 1) / 2
     ranges = {
-        "fc_r": "$r_n$ in (0, 1)",
-        "fc_scale_dir": _near_one("c_n", predictor.scale_dir),
-        "fc_scale_time": _near_one("a_n", predictor.scale_time),
+        "fc_r": "rₙ in (0, 1)",
+        "fc_scale_dir": _near_one("cₙ", predictor.scale_dir),
+        "fc_scale_time": _near_one("aₙ", predictor.scale_time),
     }
     for name, y in zip(outputs, heads, strict=True):
         _layer(ax, (x[5], y), found.loc[name], ", sigmoid")
@@ -266,7 +267,7 @@ def _draw_network(ax, predictor):
 
 
 def _near_one(symbol, bound):
-    return f"${symbol}$ in\n({1 - bound:g}, {1 + bound:g})"
+    return f"{symbol} in\n({1 - bound:g}, {1 + bound:g})"
 
 
 # --- Appendix D ---------------------------------------------------------------------------------
@@ -291,7 +292,7 @@ def deviation(curves: dict, bounds: dict[str, np.ndarray]) -> Figure:
     ax.set(xscale="log", yscale="log")
     ax.set(xlabel="time t (noise level)", ylabel="distance (norm of the state)")
     ax.invert_xaxis()
-    figure.legend(loc="outside lower center", ncols=2)
+    legend_below(figure, ax)
     return figure
 
 
@@ -319,5 +320,5 @@ def proposition_figure(found: pd.DataFrame, bounds: dict[str, np.ndarray]) -> Fi
     ax.set(xscale="log", yscale="log")
     ax.set(xlabel="time t at which the step starts", ylabel="norm of the state")
     ax.invert_xaxis()
-    figure.legend(loc="outside lower center", ncols=2)
+    legend_below(figure, ax)
     return figure

@@ -63,6 +63,10 @@ def test_the_embedded_model_is_sampled_with_the_methods_own_dependencies(site, t
     assert Path(place).is_relative_to(site) and nfe == "3" and 0.1 < float(spread) < 2
 
 
+def test_a_type_checker_is_told_that_there_are_types(site):
+    assert (site / "amedlib/py.typed").is_file()
+
+
 @pytest.mark.parametrize(
     "code, needs",
     [

@@ -41,7 +41,7 @@ def test_an_image_table():
     shown = [len(ax.images) for ax in figure.axes]
     assert shown == [1, 1, 0, 1]
     titles = [ax.get_title(loc="left") for ax in figure.axes]
-    assert titles == ["NFE 3: DDIM", "NFE 5", "EDM", ""]
+    assert titles == ["NFE 3\nDDIM", "NFE 5\n", "EDM", ""]
     assert (figure.axes[3].images[0].get_array() == pictures.strip(images)).all()
     with pytest.raises(ValueError, match="cells must be a table with at least one image"):
         pictures.image_table(cells.iloc[:0], ["NFE 3", "NFE 5"])

@@ -412,11 +412,10 @@ def in_words(figure: Figure) -> str:
     """What a figure shows, for who does not see it: its panels, their axes, and what is drawn."""
     panels, drawn = [], []
     for ax in figure.axes:
-        title, x, y = (
-            " ".join(text.split()) for text in (ax.get_title(), ax.get_xlabel(), ax.get_ylabel())
-        )
+        titles = ax.get_title() or ax.get_title("left")
+        title, x, y = (" ".join(t.split()) for t in (titles, ax.get_xlabel(), ax.get_ylabel()))
         axes = " against ".join(filter(None, [y, x])) if ax.axison else ""
-        panels.append(": ".join(filter(None, [title or ax.get_title("left"), axes])))
+        panels.append(": ".join(filter(None, [title, axes])))
         drawn += ax.get_legend_handles_labels()[1]
         drawn += ["images"] if ax.images else []
         drawn += [text.get_text() for text in ax.texts] if not ax.axison else []

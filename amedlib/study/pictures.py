@@ -101,7 +101,7 @@ def image_table(cells: pd.DataFrame, titles: Sequence[str]) -> Figure:
     high, wide = next(s for row in strips.to_numpy() for s in row if s is not None).shape[:2]
     rows, columns = cells.shape
     height = WIDTH / columns * high / wide + 0.3  # inches, with the name
-    figure = Figure(figsize=(WIDTH, height * rows), layout="constrained")
+    figure = Figure(figsize=(WIDTH, height * rows + 0.2), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for i, name in enumerate(cells.index):
         for j, (ax, title) in enumerate(zip(axes[i], titles, strict=True)):
@@ -109,8 +109,8 @@ def image_table(cells: pd.DataFrame, titles: Sequence[str]) -> Figure:
                 ax.imshow(strips.iloc[i, j], interpolation="none")
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
-            above = [title] * (i == 0) + [name] * (j == 0)
-            ax.set_title(": ".join(above), loc="left", pad=3)
+            above = [title] * (i == 0) + [name if j == 0 else ""]
+            ax.set_title("\n".join(above), loc="left", pad=3)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, hspace=0, wspace=0)
     return figure
 

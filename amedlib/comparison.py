@@ -269,13 +269,13 @@ def compare(
     def run(work: Callable):
         """``work(latents, labels)`` of all parts: states [B, ...] and NFE."""
         nonlocal count
-        seen = list(in_batches(list(range(len(latents))), batch, lambda part: _of(work, part)))
+        parts = in_batches(
+            list(range(len(latents))), batch, lambda rows: work(latents[rows], _some(labels, rows))
+        )
+        seen = list(parts)
         count += seen[0].nfe
         bar.update(seen[0].nfe)
         return torch.cat([each.x for each in seen]), seen[0].nfe
-
-    def _of(work, part):
-        return work(latents[part], _some(labels, part))
 
     if progress:
         say = f"compare: {len(samplers)} samplers, {planned} evaluations of {len(latents)} samples"

@@ -20,6 +20,7 @@ from amedlib.files import Damaged, check_writable, load_tensors, reading, save_t
 from amedlib.forward_mode import ForwardMode
 from amedlib.freedoms import LearnedTable
 from amedlib.intermediate import Predictor
+from amedlib.optimizer_state import flat, nested
 from amedlib.recipes import FIRST_TRAINING_SEED, Training, default_training
 from amedlib.sampling import Sampler, make_latents
 from amedlib.search import FINE, search_schedule
@@ -344,7 +345,7 @@ class Trainer:
         """Write everything that is needed to go on from here."""
         tensors = {f"predictor/{k}": v for k, v in self.predictor.state_dict().items()}
         for i, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{i}/{name}": value for name, value in _flat(state).items()}
+            tensors |= {f"optimizer/{i}/{name}": value for name, value in flat(state).items()}
         tensors |= {f"begins/{seed}": x for seed, x in self._begins.items()}
         tensors["log"] = torch.tensor(self.log, dtype=torch.float64)
         tensors["seconds"] = torch.tensor(self.seconds, dtype=torch.float64)
@@ -374,8 +375,8 @@ class Trainer:
                 index, key = name.split("/", 1)
                 # A copy is aligned in memory, on which the last bits of a product depend.
                 state["state"].setdefault(int(index), {})[key] = value.clone()
-            nested = _nested_lbfgs if self.config.optimizer == "lbfgs" else _nested_adam
-            state["state"] = {i: nested(each) for i, each in state["state"].items()}
+            states = state["state"].items()
+            state["state"] = {i: nested(each, self.config.optimizer) for i, each in states}
             begins = {int(k): v.to(self.device) for k, v in below("begins/", tensors).items()}
             log = tensors["log"].tolist()
             counts = ("seconds", "gradients", "evaluations")
@@ -388,36 +389,6 @@ class Trainer:
         self.log, self._begins = log, begins
         self.seconds, self.gradients = seconds, gradients
         self._counted.evaluations = evaluations
-
-
-def _flat(state: dict) -> dict[str, torch.Tensor]:
-    """An optimiser's state for one parameter as tensors by name, those of a list by number."""
-    found = {}
-    for name, value in state.items():
-        named = (
-            {f"{name}/{i}": v for i, v in enumerate(value)}
-            if isinstance(value, list)
-            else {name: value}
-        )
-        for key, v in named.items():
-            if v is not None:
-                found[key] = v if torch.is_tensor(v) else torch.tensor(v, dtype=torch.float64)
-    return found
-
-
-def _nested_adam(flat: dict[str, torch.Tensor]) -> dict:
-    return {name: flat[name] for name in ("step", "exp_avg", "exp_avg_sq")}
-
-
-def _nested_lbfgs(flat: dict[str, torch.Tensor]) -> dict:
-    """Of what ``_flat`` made of it; its workspace ``al`` is made anew."""
-    state = {name: flat[name] for name in ("d", "H_diag", "prev_flat_grad")}
-    state |= {name: flat[name].item() for name in ("t", "prev_loss")}
-    state |= {name: int(flat[name]) for name in ("func_evals", "n_iter")}
-    for name in ("old_dirs", "old_stps", "ro"):
-        values = below(f"{name}/", flat)
-        state[name] = [values[key] for key in sorted(values, key=int)]
-    return state
 
 
 def _begun(make: Callable[[], Trainer], partial: Path) -> Trainer:

@@ -493,4 +493,4 @@ def _row(result: Result) -> dict:
 def measure(planned: pd.DataFrame, **how) -> pd.DataFrame:
     """Results of a plan: its columns and ``result``; ``how`` goes to ``run_all``."""
     frame = run_all(planned["run"].tolist(), **how)
-    return planned.assign(result=frame["result"].to_numpy())
+    return planned.assign(result=frame["result"].to_numpy() if len(frame) else [])

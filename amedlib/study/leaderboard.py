@@ -103,6 +103,7 @@ def learned(
     seeds=SEEDS,
     n_samples: int | None = None,
     first_seed: int = 0,
+    schedule: str | None = None,
     **predictor,
 ) -> pd.DataFrame:
     """The Runs of learned samplers; columns as of ``untrained``, a row per training seed.
@@ -110,17 +111,28 @@ def learned(
     With AFS, but where two evaluations a step make an even NFE.
 
     Args:
+        schedule: for all of them; ``None`` gives each its own.
         predictor: fields of ``Training`` for all of them.
     """
     planned = []
     for name, nfe in product(names, different("nfes", nfes)):
-        row = replace(LEARNED[name], afs=True)
+        row = LEARNED[name]
+        row = replace(row, afs=True, schedule=schedule or row.schedule)
         afs = can_have(row, nfe, dataset)
         row = replace(row, afs=afs)
         cell = {"method": name, "schedule": row.schedule, "afs": afs, "nfe": nfe}
         for run in runs_of(dataset, row, nfe, seeds, n_samples, first_seed=first_seed, **predictor):
             planned.append(cell | {"run": run})
     return pd.DataFrame(planned)
+
+
+OF_AMED = tuple(name for name in LEARNED if name.startswith("AMED"))
+
+
+def on_schedules(dataset: str = "digits", *args, **kwargs) -> pd.DataFrame:
+    """The rows of AMED on every schedule; arguments and columns as of ``learned``."""
+    each = [learned(dataset, OF_AMED, *args, schedule=name, **kwargs) for name in SCHEDULES]
+    return pd.concat(each, ignore_index=True)
 
 
 # On colour without a GPU: half precision, fewer samples and trajectories, for every sampler alike.

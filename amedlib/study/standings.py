@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from amedlib.comparison import SCHEDULES
 from amedlib.datasets.entries import describe
 from amedlib.files import load_tensors
 from amedlib.study import claims, leaderboard
@@ -19,6 +20,7 @@ from amedlib.study.uncertainty import difference, estimates, with_interval
 from amedlib.trained import below
 
 BEST = "best untrained"
+ON_BEST = ", best schedule"
 AMED = ("AMED-Solver", "AMED-Plugin")
 
 
@@ -43,7 +45,30 @@ def plans_of(dataset: str, nfes, seeds, n_samples, metrics, compute=False, **how
     of_learned = kept(leaderboard.learned(dataset, nfes=nfes, seeds=seeds, **chosen), **alone)
     left = kept(untrained, **which), kept(learned, **which)
     said = [not_run(untrained, left[0]), not_run(learned, left[1])]
-    return Plans(*left, choice, of_learned, " ".join(filter(None, said)))
+    other = best_schedules(dataset, nfes, seeds, n_samples, metrics, compute, **how)
+    learned, of_learned = (
+        pd.concat(pair, ignore_index=True)
+        for pair in zip((left[1], of_learned), other, strict=True)
+    )
+    return Plans(left[0], learned, choice, of_learned, " ".join(filter(None, said)))
+
+
+def best_schedules(dataset: str, nfes, seeds, n_samples, metrics, compute=False, **how):
+    """Each row of AMED on the schedule that is best for it, by its first training on other latents.
+
+    Returns:
+        Two plans of such rows where all schedules were tried: with all trainings, and what the
+        choice was made by. Their names end with ``ON_BEST``.
+    """
+    tried = leaderboard.on_schedules(dataset, nfes, seeds[:1], **leaderboard.CHOICE)
+    tried = kept(tried, compute=compute, **how)
+    rows = ["method", "nfe"]
+    tried = tried[tried.groupby(rows)["run"].transform("size") == len(SCHEDULES)]
+    values = [result.value for result in measure(tried, **how)["result"]]
+    first = tried.loc[tried.assign(value=values).groupby(rows)["value"].idxmin()]
+    shown = leaderboard.on_schedules(dataset, nfes, seeds, n_samples).merge(first[CELL])
+    shown = kept(shown, metrics, compute, **how)
+    return [each.assign(method=each["method"] + ON_BEST) for each in (shown, first)]
 
 
 def with_metric(planned: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -108,7 +133,7 @@ def candidates(plans: Plans, **how) -> pd.DataFrame:
     found = []
     for need, names in leaderboard.NEEDS.items():
         if names:
-            of_need = plans.learned[plans.learned["method"].isin(names)]
+            of_need = plans.learned[plans.learned["method"].str.removesuffix(ON_BEST).isin(names)]
             if of_need.merge(plans.choice_of_learned[CELL]).empty:
                 continue  # there is nothing to choose by
             each = best(of_need, plans.choice_of_learned, **how)

@@ -20,7 +20,8 @@ class Method:
     Attributes:
         solver, options: as in ``make_solver``.
         schedule, rho, sigma_min, sigma_max: as in ``make_schedule``.
-        noise_levels: the model's own, for the schedule ``"discrete"``.
+        noise_levels: the model's own, for the schedule ``"discrete"``; a schedule of any N given
+            times is that of a model with these N levels.
         afs: analytical first step.
         precision: in which the network computes, see ``in_precision``.
 
@@ -34,7 +35,7 @@ class Method:
     rho: float | None = None
     sigma_min: float = 0.002
     sigma_max: float = 80.0
-    noise_levels: str | None = None
+    noise_levels: str | tuple[float, ...] | None = None
     afs: bool = False
     precision: str = "float32"
 
@@ -49,6 +50,8 @@ class Method:
             sigma_min=float(self.sigma_min),
             sigma_max=float(self.sigma_max),
         )
+        if not isinstance(self.noise_levels, str | None):
+            self._set(noise_levels=tuple(float(level) for level in self.noise_levels))
 
     def _set(self, **values) -> None:
         """Give fields their final form while the record is made."""

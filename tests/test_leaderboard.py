@@ -130,3 +130,11 @@ def test_the_readme_states_the_best_of_the_leaderboard():
     assert found["who"]["no training"] == "iPNDM-3, uniform"
     assert found["who"]["a minute of training"] == "all numbers"
     assert f"the best of {len(board.choice)} untrained samplers" in readme
+
+
+def test_a_published_schedule_runs_at_its_own_times():
+    found = leaderboard.published_schedule()
+    theirs = found[found["schedule"].eq("GITS, published")]["run"].item()
+    np.testing.assert_allclose(theirs.times(), leaderboard.GITS_CIFAR10[::-1], rtol=1e-12)
+    assert len({run.key for run in found["run"]}) == len(found) == 7
+    assert {run.nfe for run in found["run"]} == {6} and theirs.num_steps == 7

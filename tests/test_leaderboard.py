@@ -138,3 +138,28 @@ def test_a_published_schedule_runs_at_its_own_times():
     np.testing.assert_allclose(theirs.times(), leaderboard.GITS_CIFAR10[::-1], rtol=1e-12)
     assert len({run.key for run in found["run"]}) == len(found) == 7
     assert {run.nfe for run in found["run"]} == {6} and theirs.num_steps == 7
+
+
+def test_the_best_schedule_of_amed_is_chosen_by_its_first_training_on_other_latents(monkeypatch):
+    """AMED-Solver is best on logSNR in the choice; the schedules of all others were not all run."""
+    seen = []
+
+    def kept(planned, metrics=("fd",), compute=False, **_):
+        seen.append((planned, metrics))
+        runs = planned["method"].eq("AMED-Solver") | planned["schedule"].eq("polynomial")
+        return planned[runs].reset_index(drop=True)
+
+    def measure(planned):
+        values = {"polynomial": 2.0, "logsnr": 1.0, "time_uniform": 3.0}
+        return planned.assign(result=[result(values[name]) for name in planned["schedule"]])
+
+    monkeypatch.setattr(standings, "kept", kept)
+    monkeypatch.setattr(standings, "measure", measure)
+    shown, choice = standings.best_schedules("digits", [5], (0, 1, 2), 5000, ("fd",))
+    assert shown["method"].tolist() == ["AMED-Solver, best schedule"] * 3
+    assert {run.schedule for run in shown["run"]} == {"logsnr"}
+    assert [run.predictor["seed"] for run in shown["run"]] == [0, 1, 2]
+    assert choice["schedule"].tolist() == ["logsnr"]
+    tried = seen[0][0]["run"]
+    assert {run.predictor["seed"] for run in tried} == {0}
+    assert {run.first_seed for run in tried} == {CHOICE["first_seed"]}

@@ -204,33 +204,34 @@ def coarse_solution(monkeypatch):
 
 @pytest.fixture
 def stored(tmp_path):
-    """A store with three real results of the digits."""
+    """A store with real results of three samplers of the digits, by every metric."""
     what = Run(solver="euler", nfe=2, samples=40, options={})
     runs = [what, replace(what, nfe=3), replace(what, solver="ipndm")]
+    runs = [what.with_metric(metric) for what in runs for metric in ("fd", "fd_pixels", "fd_joint")]
     execute.run_all(runs, tmp_path, progress=False)
     return tmp_path, runs
 
 
-def test_a_spot_check_finds_what_has_moved(stored, monkeypatch):
+def test_a_spot_check_finds_what_has_moved(stored):
     folder, runs = stored
-    monkeypatch.setattr(plans, "whole_study", lambda dataset: runs)
-    seed, frame = reproduce.spot_check("digits", 3, seed=7, results_dir=folder, seconds=99.0)
+    seed, frame = reproduce.spot_check(
+        "digits", len(runs), seed=7, results_dir=folder, seconds=99.0
+    )
     assert seed == 7
-    assert frame["agrees"].all() and len(frame) == 3
-    path = store.result_path(runs[1], folder)
+    assert frame["agrees"].all() and len(frame) == len(runs)
+    path = store.result_path(runs[3], folder)
     content = json.loads(path.read_text())
     content["value"] *= 1.2
     path.write_text(json.dumps(content))
-    _, frame = reproduce.spot_check("digits", 3, seed=7, results_dir=folder, seconds=99.0)
+    _, frame = reproduce.spot_check("digits", len(runs), seed=7, results_dir=folder, seconds=99.0)
     assert list(frame["agrees"]).count(False) == 1
     assert not frame.loc[frame["NFE"] == 3, "agrees"].all()
 
 
-def test_a_spot_check_needs_enough_results(stored, monkeypatch):
+def test_a_spot_check_needs_enough_results(stored):
     folder, runs = stored
-    monkeypatch.setattr(plans, "whole_study", lambda dataset: runs)
-    with pytest.raises(ValueError, match="at most the number of shipped results, 3; 4 was given"):
-        reproduce.spot_check("digits", 4, results_dir=folder, seconds=99.0)
+    with pytest.raises(ValueError, match="at most the number of shipped results, 9; 10 was given"):
+        reproduce.spot_check("digits", 10, results_dir=folder, seconds=99.0)
 
 
 def test_retrained_predictors_may_move_further(tmp_path):

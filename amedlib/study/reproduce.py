@@ -1,12 +1,13 @@
-"""The whole study of a data set: compute what is missing, spot-check it, or do all of it again.
+"""What is shipped of a data set: spot-check it, or compute all of it again; or compute the rest.
 
 python -m amedlib.study.reproduce digits          compute all again, compare with what is shipped
-python -m amedlib.study.reproduce digits --fill   compute what the store lacks
+python -m amedlib.study.reproduce digits --fill   compute what the store lacks of the paper's study
 """
 
 import argparse
 import os
 import sys
+from itertools import islice
 
 import numpy as np
 import pandas as pd
@@ -16,14 +17,14 @@ from amedlib.checks import require
 from amedlib.study import plans
 from amedlib.study.execute import compute, run_all
 from amedlib.study.run import Result
-from amedlib.study.store import RESULTS, load_result
+from amedlib.study.store import RESULTS, read_result, result_files
 
 AGAIN = RESULTS.parent.parent / "_build" / "reproduce"
 
 
 def stored_results(dataset: str, results_dir=RESULTS) -> list[Result]:
-    """All results of a data set that the store holds, of Runs of the study."""
-    found = (load_result(what, results_dir) for what in plans.whole_study(dataset))
+    """All results of a data set that the store holds."""
+    found = [read_result(path) for path in result_files(dataset, results_dir)]
     return [result for result in found if result is not None]
 
 
@@ -75,11 +76,13 @@ def spot_check(dataset="digits", n=10, seed=None, results_dir=RESULTS, seconds=1
         ValueError: there are fewer than ``n`` such results.
     """
     seed = int.from_bytes(os.urandom(4)) if seed is None else seed
-    results = [r for r in stored_results(dataset, results_dir) if r.seconds <= seconds]
-    require(len(results) >= n, "n", n, f"at most the number of shipped results, {len(results)}")
-    chosen = np.random.default_rng(seed).choice(len(results), n, replace=False)
+    files = result_files(dataset, results_dir)
+    order = np.random.default_rng(seed).permutation(len(files))
+    short = (r for r in (read_result(files[i]) for i in order) if r and r.seconds <= seconds)
+    chosen = list(islice(short, n))
+    require(len(chosen) == n, "n", n, f"at most the number of shipped results, {len(chosen)}")
     pairs = []
-    for old in tqdm([results[i] for i in chosen], desc="results recomputed"):
+    for old in tqdm(chosen, desc="results recomputed"):
         again = compute(old.run, results_dir, device, progress=False)
         pairs.append((old, next(r for r in again if r.run == old.run)))
     return seed, compare(pairs, retrained=False)
@@ -101,7 +104,9 @@ def main(arguments=None) -> int:
             f"{RESULTS} has no results of {given.dataset} to compare with; --fill makes them."
         )
     cluster = given.cluster or (given.workers if given.workers > 1 else None)
-    run_all(plans.whole_study(given.dataset), into, given.device, cluster=cluster)
+    shipped = [result.run for result in old.values()]
+    planned = plans.whole_study(given.dataset) if given.fill else shipped
+    run_all(planned, into, given.device, cluster=cluster)
     if given.fill:
         return 0
     new = {result.run.key: result for result in stored_results(given.dataset, into)}

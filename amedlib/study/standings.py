@@ -1,6 +1,5 @@
 """What the leaderboard says: the best of each kind, its cost, and what each freedom is worth."""
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +7,6 @@ import pandas as pd
 from scipy import stats
 
 from amedlib.comparison import SCHEDULES
-from amedlib.datasets.entries import describe
 from amedlib.files import load_tensors
 from amedlib.study import claims, leaderboard
 from amedlib.study.execute import measure
@@ -73,13 +71,7 @@ def best_schedules(dataset: str, nfes, seeds, n_samples, metrics, compute=False,
 
 def with_metric(planned: pd.DataFrame, metric: str) -> pd.DataFrame:
     """The same plan, measured otherwise; endpoint errors on as many samples as there are ends."""
-
-    def other(run):
-        most = describe(run.dataset).endpoint_samples
-        few = metric == "endpoint_error" and run.samples > most
-        return (replace(run, samples=most) if few else run).with_metric(metric)
-
-    return planned.assign(run=[other(run) for run in planned["run"]])
+    return planned.assign(run=[leaderboard.with_metric(run, metric) for run in planned["run"]])
 
 
 CELL = ["method", "schedule", "afs", "nfe"]

@@ -95,6 +95,22 @@ def load_result(run: Run, results_dir=RESULTS) -> Result | None:
     return result
 
 
+def result_files(dataset: str, results_dir=RESULTS) -> list[Path]:
+    """Files of results of a data set and of its variants (``digits_uncentred``), in their order."""
+    folder = checks.path("results_dir", results_dir)
+    return sorted(folder.glob(f"{dataset}*/*-{'[0-9a-f]' * 16}.json"))
+
+
+def read_result(path: Path) -> Result | None:
+    """The result in a file, or ``None`` where it holds none of this version."""
+    with suppress(ValueError, TypeError, KeyError):
+        status = path.stat()
+        result = _read(path, status.st_mtime_ns, status.st_size)
+        if path.stem == f"{result.run.metric}-{result.run.key}" and np.isfinite(result.value):
+            return result
+    return None
+
+
 def _set_aside(path: Path, error: Exception) -> None:
     aside = path.with_suffix(".corrupt")
     check_writable(path.parent, "results_dir")

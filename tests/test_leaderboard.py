@@ -163,3 +163,15 @@ def test_the_best_schedule_of_amed_is_chosen_by_its_first_training_on_other_late
     tried = seen[0][0]["run"]
     assert {run.predictor["seed"] for run in tried} == {0}
     assert {run.first_seed for run in tried} == {CHOICE["first_seed"]}
+
+
+def test_more_trainings_are_made_where_three_do_not_do():
+    found = leaderboard.more_trainings((5, 7), 2_000)
+    cells = {(row.method, row.nfe) for row in found.itertuples()}
+    assert cells == {("EPD, K = 3", 5), ("AMED-Plugin", 7), ("AMED-Solver, release", 7)}
+    own = leaderboard.learned(nfes=(5, 7), n_samples=2_000)
+    for cell, rows in found.groupby(["method", "nfe"]):
+        assert [run.predictor["seed"] for run in rows["run"]] == [3, 4]
+        same = own[(own["method"] == cell[0]) & (own["nfe"] == cell[1])]["run"]
+        assert len({str(run.predictor | {"seed": 0}) for run in [*same, *rows["run"]]}) == 1
+    assert leaderboard.more_trainings((4,)).empty

@@ -134,6 +134,19 @@ def learned(
     return pd.DataFrame(planned)
 
 
+# Where three trainings on the digits differ so much that little can be told, two more are made.
+WIDE = {"EPD, K = 3": (3, 5), "AMED-Plugin": (7,), "AMED-Solver, release": (7,)}
+
+
+def more_trainings(nfes=NFES, n_samples: int | None = None) -> pd.DataFrame:
+    """Two more trainings of each sampler of ``WIDE``; columns as of ``learned``."""
+    at = {name: [nfe for nfe in wide if nfe in nfes] for name, wide in WIDE.items()}
+    plans = [
+        learned("digits", (name,), some, (3, 4), n_samples) for name, some in at.items() if some
+    ]
+    return pd.concat([pd.DataFrame(), *plans], ignore_index=True)
+
+
 OF_AMED = tuple(name for name in LEARNED if name.startswith("AMED"))
 
 

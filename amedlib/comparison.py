@@ -100,12 +100,16 @@ class Comparison:
             steps: errors that are not far above it cannot be told from one another.
         evaluations: network evaluations per latent that all of it took, counted.
         seconds: that it took.
+        latents: from which all of them started, [B, ...].
+        solution: the accurate one from there, [B, ...].
     """
 
     rows: list[Compared]
     accuracy: float
     evaluations: int
     seconds: float
+    latents: torch.Tensor
+    solution: torch.Tensor
 
     def __getitem__(self, name: str) -> Compared:
         found = [row for row in self.rows if row.name == name]
@@ -144,7 +148,7 @@ class Comparison:
         for row in shown:
             ratio, low, high = self.ratio(row.name)
             bar = (
-                "#" * min(21, math.ceil(20 * row.error / worst))
+                "#" * min(11, math.ceil(10 * row.error / worst))
                 if math.isfinite(row.error)
                 else "?"
             )
@@ -153,11 +157,11 @@ class Comparison:
         count = len(self.rows[0].errors)
         if len(shown) < len(self.rows):
             lines.append(f"and {len(self.rows) - len(shown)} more")
-        lines.append(
-            f"Error at the end of the ODE, root mean square, {count} samples; the accurate "
-            f"solution is known to {self.accuracy:.1g}. "
-            f"{self.evaluations} evaluations per sample, {self.seconds:.0f} s."
-        )
+        lines.append(f"Error at the end of the ODE, root mean square, {count} samples;")
+        lines.append(f"the accurate solution is known to {self.accuracy:.1g}.")
+        took = {row.name: getattr(row.sampler, "seconds", None) for row in shown}
+        lines += [f"{name}: {spent:.0f} s of training." for name, spent in took.items() if spent]
+        lines.append(f"{self.evaluations} evaluations per sample, {self.seconds:.0f} s.")
         return "\n".join(lines)
 
     def plot(self, number: int = SHOWN):
@@ -297,7 +301,8 @@ def compare(
                 x, made = torch.full_like(fine, math.nan), nfe  # this one diverges here
             rows.append(Compared(name, sampler, made, _distance(x, fine)))
     rows.sort(key=lambda row: row.error)
-    return Comparison(rows, accuracy, count, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return Comparison(rows, accuracy, count, seconds, latents, fine)
 
 
 def _latents(denoiser, shape, latents, device) -> torch.Tensor:

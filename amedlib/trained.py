@@ -141,10 +141,12 @@ class TrainedSampler:
     Attributes:
         training: the record of the training, and so of the method.
         predictor: the trained ``Predictor`` or ``LearnedTable``.
+        seconds: that its training took, where that is known.
     """
 
     training: Training
     predictor: Predictor | LearnedTable
+    seconds: float | None = None
 
     @property
     def times(self) -> torch.Tensor:
@@ -229,4 +231,6 @@ def load_sampler(path: Path) -> TrainedSampler:
         ValueError: the file is missing or damaged, or no training wrote it.
     """
     predictor = load_predictor(path)
-    return TrainedSampler(predictor.trained_for, predictor)
+    _, metadata = load_tensors(checks.path("path", path))
+    seconds = float(metadata["seconds"]) if "seconds" in metadata else None
+    return TrainedSampler(predictor.trained_for, predictor, seconds)

@@ -206,7 +206,7 @@ class TrainedSampler:
     def sigmas(self) -> list[float]:
         """All noise levels at which the solver steps, descending, intermediate ones included.
 
-        For samplers that take a list of sigmas; the page "Use AMED on your own denoiser" has the
+        For samplers that take a list of sigmas; the page "Use AMED on your own model" has the
         lines for diffusers, k-diffusion and ComfyUI. Whether they then sample the same is theirs:
         they know neither AFS nor scaled directions and times, nor learned coefficients, and some
         append a zero.

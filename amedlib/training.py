@@ -16,14 +16,14 @@ from tqdm import tqdm
 
 from amedlib import checks
 from amedlib.checks import is_number, is_whole, require
-from amedlib.compute import best_device, halved, in_precision
+from amedlib.compute import best_device, check_precision, halved, in_precision
 from amedlib.files import Damaged, check_writable, load_tensors, reading, save_tensors
 from amedlib.forward_mode import ForwardMode
 from amedlib.freedoms import LearnedTable
 from amedlib.intermediate import Predictor
 from amedlib.optimizer_state import flat, nested
 from amedlib.recipes import FIRST_TRAINING_SEED, Training, best_start, default_training
-from amedlib.sampling import Sampler, make_latents
+from amedlib.sampling import Sampler, check_labels, make_latents
 from amedlib.search import FINE, search_schedule
 from amedlib.trained import (
     below,
@@ -113,6 +113,8 @@ class Trainer:
             config.uses_bottleneck,
             "False for a denoiser that gives no bottleneck",
         )
+        check_precision(denoiser)
+        require(labels is None or callable(labels), "labels", labels, "None or a callable of seeds")
         self._counted = _Frozen(denoiser)
         self.denoiser = in_precision(self._counted, config.precision)
         self.config, self.shape = config, shape
@@ -243,7 +245,8 @@ class Trainer:
 
     def _inputs(self, seeds: range) -> tuple[torch.Tensor, object, torch.Tensor | None]:
         """What ``losses`` takes: the student's latents, labels, and where the teacher ends."""
-        latents, labels = make_latents(seeds, self.shape, self.device), self.labels(seeds)
+        latents = make_latents(seeds, self.shape, self.device)
+        labels = check_labels(self.labels(seeds), len(seeds))
         if self.config.passes == 1 and not self.config.whole:
             return latents, labels, None
         if seeds[0] not in self._ends:
@@ -315,7 +318,7 @@ class Trainer:
             self.solver,
             config.teacher_solver(),
             config.afs,
-            self.labels(seeds),
+            check_labels(self.labels(seeds), len(seeds)),
         )
         self.predictor.keep(times)
         return [(cost, math.nan, math.nan)] * (len(times) - 1)
@@ -412,8 +415,7 @@ def _from_best_start(denoiser, config, shape, device, labels, *files: Path) -> t
     for file in filter(Path.is_file, files):
         with suppress(ValueError, KeyError):  # else it is of another training, which will be said
             kept = json.loads(load_tensors(file)[1]["training"])
-            same = replace(config, options=kept["options"], schedule=kept["schedule"])
-            return same, (0.0, 0)
+            return replace(config, options=kept["options"]), (0.0, 0)
     start = time.perf_counter()
     config, made = best_start(denoiser, config, shape, best_device(device), labels)
     return config, (time.perf_counter() - start, made)

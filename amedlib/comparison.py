@@ -139,21 +139,14 @@ class Comparison:
 
     def __str__(self) -> str:
         width = max(len(row.name) for row in self.rows)
-        lines = [f"{'sampler':{width}}  NFE     error  x the best untrained (95 %)"]
-        worst = max(
-            (row.error for row in self.rows[:SHOWN] if math.isfinite(row.error)), default=0.0
-        )
+        lines = [f"{'sampler':{width}}  NFE     error  x best untrained (95 %)"]
         shown = self.rows[:SHOWN]
         shown += [row for row in self.rows[SHOWN:] if isinstance(row.sampler, TrainedSampler)]
         for row in shown:
             ratio, low, high = self.ratio(row.name)
-            bar = (
-                "#" * min(11, math.ceil(10 * row.error / worst))
-                if math.isfinite(row.error)
-                else "?"
-            )
-            against = f"{ratio:5.2f} ({low:.2f} to {high:.2f})" if bar != "?" else "not finite"
-            lines.append(f"{row.name:{width}}  {row.nfe:3}  {row.error:8.4f}  {against:22} {bar}")
+            against = f"{ratio:5.2f} ({low:.2f} to {high:.2f})"
+            against = against if math.isfinite(row.error) else "not finite"
+            lines.append(f"{row.name:{width}}  {row.nfe:3}  {row.error:8.4f}  {against}")
         count = len(self.rows[0].errors)
         if len(shown) < len(self.rows):
             lines.append(f"and {len(self.rows) - len(shown)} more")

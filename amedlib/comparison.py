@@ -100,12 +100,16 @@ class Comparison:
             steps: errors that are not far above it cannot be told from one another.
         evaluations: network evaluations per latent that all of it took, counted.
         seconds: that it took.
+        latents: from which all of them started, [B, ...].
+        solution: the accurate one from there, [B, ...].
     """
 
     rows: list[Compared]
     accuracy: float
     evaluations: int
     seconds: float
+    latents: torch.Tensor
+    solution: torch.Tensor
 
     def __getitem__(self, name: str) -> Compared:
         found = [row for row in self.rows if row.name == name]
@@ -135,29 +139,22 @@ class Comparison:
 
     def __str__(self) -> str:
         width = max(len(row.name) for row in self.rows)
-        lines = [f"{'sampler':{width}}  NFE     error  x the best untrained (95 %)"]
-        worst = max(
-            (row.error for row in self.rows[:SHOWN] if math.isfinite(row.error)), default=0.0
-        )
+        lines = [f"{'sampler':{width}}  NFE     error  x best untrained (95 %)"]
         shown = self.rows[:SHOWN]
         shown += [row for row in self.rows[SHOWN:] if isinstance(row.sampler, TrainedSampler)]
         for row in shown:
             ratio, low, high = self.ratio(row.name)
-            bar = (
-                "#" * min(21, math.ceil(20 * row.error / worst))
-                if math.isfinite(row.error)
-                else "?"
-            )
-            against = f"{ratio:5.2f} ({low:.2f} to {high:.2f})" if bar != "?" else "not finite"
-            lines.append(f"{row.name:{width}}  {row.nfe:3}  {row.error:8.4f}  {against:22} {bar}")
+            against = f"{ratio:5.2f} ({low:.2f} to {high:.2f})"
+            against = against if math.isfinite(row.error) else "not finite"
+            lines.append(f"{row.name:{width}}  {row.nfe:3}  {row.error:8.4f}  {against}")
         count = len(self.rows[0].errors)
         if len(shown) < len(self.rows):
             lines.append(f"and {len(self.rows) - len(shown)} more")
-        lines.append(
-            f"Error at the end of the ODE, root mean square, {count} samples; the accurate "
-            f"solution is known to {self.accuracy:.1g}. "
-            f"{self.evaluations} evaluations per sample, {self.seconds:.0f} s."
-        )
+        lines.append(f"Error at the end of the ODE, root mean square, {count} samples;")
+        lines.append(f"the accurate solution is known to {self.accuracy:.1g}.")
+        took = {row.name: getattr(row.sampler, "seconds", None) for row in shown}
+        lines += [f"{name}: {spent:.0f} s of training." for name, spent in took.items() if spent]
+        lines.append(f"{self.evaluations} evaluations per sample, {self.seconds:.0f} s.")
         return "\n".join(lines)
 
     def plot(self, number: int = SHOWN):
@@ -297,7 +294,8 @@ def compare(
                 x, made = torch.full_like(fine, math.nan), nfe  # this one diverges here
             rows.append(Compared(name, sampler, made, _distance(x, fine)))
     rows.sort(key=lambda row: row.error)
-    return Comparison(rows, accuracy, count, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return Comparison(rows, accuracy, count, seconds, latents, fine)
 
 
 def _latents(denoiser, shape, latents, device) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from amedlib.checks import one_of, require
-from amedlib.wrapper import Wrapper
+from amedlib.wrapper import Wrapper, unwrapped
 
 
 def halved(size: int, what: str, error: Exception) -> int:
@@ -47,6 +47,19 @@ def in_precision(denoiser, precision: str):
     one_of("precision", precision, PRECISIONS)
     dtype = PRECISIONS[precision]
     return denoiser if dtype is None else _HalfPrecision(denoiser, dtype)
+
+
+def check_precision(denoiser) -> None:
+    """That a network has its weights in a precision in which its device computes well.
+
+    Raises:
+        ValueError: they are in half precision on a CPU.
+    """
+    network = unwrapped(denoiser)
+    for each in network.parameters() if isinstance(network, torch.nn.Module) else ():
+        half = each.is_floating_point() and each.dtype.itemsize < 4 and each.device.type == "cpu"
+        allowed = "in float32 on a CPU; move it to a GPU first, or call .float()"
+        require(not half, f"weights of {type(network).__name__}", each.dtype, allowed)
 
 
 def in_batches(seeds: list[int], batch: int, work: Callable) -> Iterator:

@@ -13,7 +13,7 @@ import torch
 
 from amedlib import checks
 from amedlib.checks import flag, is_whole, require, whole
-from amedlib.compute import best_device
+from amedlib.compute import best_device, check_precision
 from amedlib.intermediate import Intermediate, TimeWise, directions
 from amedlib.solvers import Evaluation, Solver, TwoStage
 
@@ -286,6 +286,7 @@ def _fixed(r: float) -> Callable[..., Intermediate]:
 def check_inputs(denoiser, latents, times, solver, intermediate) -> None:
     """Raise ``ValueError`` for what ``sample`` cannot work with."""
     require(callable(denoiser), "denoiser", denoiser, "a callable (x, t, labels=None)")
+    check_precision(denoiser)
     require(isinstance(solver, Solver), "solver", solver, "made by amedlib.make_solver")
     require(
         latents.ndim >= 2 and latents.numel() > 0 and not latents.is_complex(),

@@ -141,10 +141,12 @@ class TrainedSampler:
     Attributes:
         training: the record of the training, and so of the method.
         predictor: the trained ``Predictor`` or ``LearnedTable``.
+        seconds: that its training took, where that is known.
     """
 
     training: Training
     predictor: Predictor | LearnedTable
+    seconds: float | None = None
 
     @property
     def times(self) -> torch.Tensor:
@@ -204,7 +206,7 @@ class TrainedSampler:
     def sigmas(self) -> list[float]:
         """All noise levels at which the solver steps, descending, intermediate ones included.
 
-        For samplers that take a list of sigmas; the page "Use AMED on your own denoiser" has the
+        For samplers that take a list of sigmas; the page "Use AMED on your own model" has the
         lines for diffusers, k-diffusion and ComfyUI. Whether they then sample the same is theirs:
         they know neither AFS nor scaled directions and times, nor learned coefficients, and some
         append a zero.
@@ -229,4 +231,6 @@ def load_sampler(path: Path) -> TrainedSampler:
         ValueError: the file is missing or damaged, or no training wrote it.
     """
     predictor = load_predictor(path)
-    return TrainedSampler(predictor.trained_for, predictor)
+    _, metadata = load_tensors(checks.path("path", path))
+    seconds = float(metadata["seconds"]) if "seconds" in metadata else None
+    return TrainedSampler(predictor.trained_for, predictor, seconds)

@@ -6,7 +6,8 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -15,14 +16,14 @@ from tqdm import tqdm
 
 from amedlib import checks
 from amedlib.checks import is_number, is_whole, require
-from amedlib.compute import best_device, halved, in_precision
+from amedlib.compute import best_device, check_precision, halved, in_precision
 from amedlib.files import Damaged, check_writable, load_tensors, reading, save_tensors
 from amedlib.forward_mode import ForwardMode
 from amedlib.freedoms import LearnedTable
 from amedlib.intermediate import Predictor
 from amedlib.optimizer_state import flat, nested
-from amedlib.recipes import FIRST_TRAINING_SEED, Training, default_training
-from amedlib.sampling import Sampler, make_latents
+from amedlib.recipes import FIRST_TRAINING_SEED, Training, best_start, default_training
+from amedlib.sampling import Sampler, check_labels, make_latents
 from amedlib.search import FINE, search_schedule
 from amedlib.trained import (
     below,
@@ -112,6 +113,8 @@ class Trainer:
             config.uses_bottleneck,
             "False for a denoiser that gives no bottleneck",
         )
+        check_precision(denoiser)
+        require(labels is None or callable(labels), "labels", labels, "None or a callable of seeds")
         self._counted = _Frozen(denoiser)
         self.denoiser = in_precision(self._counted, config.precision)
         self.config, self.shape = config, shape
@@ -242,7 +245,8 @@ class Trainer:
 
     def _inputs(self, seeds: range) -> tuple[torch.Tensor, object, torch.Tensor | None]:
         """What ``losses`` takes: the student's latents, labels, and where the teacher ends."""
-        latents, labels = make_latents(seeds, self.shape, self.device), self.labels(seeds)
+        latents = make_latents(seeds, self.shape, self.device)
+        labels = check_labels(self.labels(seeds), len(seeds))
         if self.config.passes == 1 and not self.config.whole:
             return latents, labels, None
         if seeds[0] not in self._ends:
@@ -314,7 +318,7 @@ class Trainer:
             self.solver,
             config.teacher_solver(),
             config.afs,
-            self.labels(seeds),
+            check_labels(self.labels(seeds), len(seeds)),
         )
         self.predictor.keep(times)
         return [(cost, math.nan, math.nan)] * (len(times) - 1)
@@ -406,6 +410,17 @@ def _begun(make: Callable[[], Trainer], partial: Path) -> Trainer:
     return trainer
 
 
+def _from_best_start(denoiser, config, shape, device, labels, *files: Path) -> tuple:
+    """``best_start``, or what one of these files began with; with the seconds and evaluations."""
+    for file in filter(Path.is_file, files):
+        with suppress(ValueError, KeyError):  # else it is of another training, which will be said
+            kept = json.loads(load_tensors(file)[1]["training"])
+            return replace(config, options=kept["options"]), (0.0, 0)
+    start = time.perf_counter()
+    config, made = best_start(denoiser, config, shape, best_device(device), labels)
+    return config, (time.perf_counter() - start, made)
+
+
 def train(
     denoiser,
     config: Training | int,
@@ -427,7 +442,7 @@ def train(
     arguments as in ``Trainer``.
 
     Args:
-        config: what is trained; a number is the NFE of ``default_training``.
+        config: what is trained; a number is the NFE of ``default_training``, from ``best_start``.
         shape: of one sample, any number of sizes.
         progress: whether a bar shows it; or what is called after every batch in its place.
         seconds, evaluations: a budget, of network evaluations times samples; after either no
@@ -441,14 +456,22 @@ def train(
     path = checks.path("path", path)
     for name, budget in (("seconds", seconds), ("evaluations", evaluations)):
         require(is_number(budget) and budget > 0, name, budget, "a positive number")
+    partial, spent = path.with_name(f"{path.name}.partial"), (0.0, 0)
+    require(path.is_file() or not path.exists(), "path", str(path), "that of a file")
+    if not path.is_file():
+        check_writable(path.parent, "the folder of path")
     if is_whole(config):
         config = default_training(denoiser, config)
+        config, spent = _from_best_start(denoiser, config, shape, device, labels, path, partial)
     if path.is_file():
         return load_predictor(path, config, denoiser, shape)
-    require(not path.exists(), "path", str(path), "that of a file")
-    check_writable(path.parent, "the folder of path")
-    partial = path.with_name(f"{path.name}.partial")
-    trainer = _begun(lambda: Trainer(denoiser, config, shape, distance, device, labels), partial)
+
+    def make() -> Trainer:
+        trainer = Trainer(denoiser, config, shape, distance, device, labels)
+        trainer.seconds, trainer._counted.evaluations = spent
+        return trainer
+
+    trainer = _begun(make, partial)
     name = f"{config.solver}, {config.num_steps} points, seed {config.seed}"
     with tqdm(
         total=trainer.batches,

@@ -147,12 +147,13 @@ def follow(command: list[str], env: dict[str, str], log: Path, name: str) -> int
 def fold_code(path: Path) -> None:
     """Tag the code cells of a notebook: a page shows results, and code on a click.
 
-    Cells with a tag of their own on this (``remove-input``, ``remove-cell``) keep to it.
+    Cells with a tag of their own on this (``remove-input``, ``remove-cell``, or ``show-input`` for
+    code that is the result) keep to it.
     """
-    notebook = nbformat.read(path, as_version=4)
+    notebook, own = nbformat.read(path, as_version=4), {"remove-input", "remove-cell", "show-input"}
     for cell in notebook.cells:
         tags = cell.metadata.setdefault("tags", [])
-        if cell.cell_type == "code" and not {"remove-input", "remove-cell"} & set(tags):
+        if cell.cell_type == "code" and not own & set(tags):
             tags.append("hide-input")
     nbformat.write(notebook, path)
 

@@ -5,7 +5,7 @@ import torch
 
 import amedlib
 from amedlib.comparison import UNTRAINED, Untrained
-from amedlib.recipes import default_training, noise_range
+from amedlib.recipes import best_start, default_training, noise_range
 
 
 class Gaussian:
@@ -126,18 +126,99 @@ def test_labels_go_with_their_samples():
         ({"nfe": 0}, "nfe must be"),
         ({"shape": "x"}, "shape must be"),
         ({"latents": torch.ones(1, 3)}, "latents must be"),
-        ({"labels": torch.ones(4)}, "labels must be"),
+        ({"labels": torch.ones(4)}, r"labels must be .* \[32, ...\] .*; \(4,\) was given"),
+        ({"labels": [1, 2, 3]}, r"labels must be .* 32 strings .*; \[1, 2, 3\] was given"),
+        ({"labels": {"a": torch.ones(4, 2)}}, r"labels must be .*; \(4, 2\) was given"),
         ({"sigma_min": 90.0}, "sigma_m"),
     ],
 )
 def test_bad_input_gets_a_sentence(how, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        amedlib.compare(Gaussian(), progress=False, **{"nfe": 5} | how)
+    denoiser = Gaussian()
+    with pytest.raises(ValueError, match=sentence) as raised:
+        amedlib.compare(denoiser, progress=False, **{"nfe": 5} | how)
+    assert "\n" not in str(raised.value) and denoiser.calls == 0
 
 
-def test_a_network_that_is_not_a_number_is_said():
-    with pytest.raises(ValueError, match="finite|NaN"):
-        amedlib.compare(lambda x, t, labels=None: x * math.nan, 5, (3,), progress=False)
+def train(denoiser, path, **how):
+    config = how.pop("config", 5)
+    return amedlib.train(denoiser, config, (3,), path / "a.safetensors", progress=False, **how)
+
+
+BY_STEPS = {
+    "config": amedlib.Training("euler", recipe="paper", form="table", uses_bottleneck=False)
+}
+
+
+@pytest.mark.parametrize("how", [{}, BY_STEPS])
+@pytest.mark.parametrize("labels", [torch.ones(4), [1, 2, 3], {"a": torch.ones(4, 2)}])
+def test_labels_of_another_number_are_refused_before_training(tmp_path, how, labels):
+    denoiser = Gaussian()
+    with pytest.raises(ValueError, match="labels must be None, a tensor") as raised:
+        train(denoiser, tmp_path, labels=lambda seeds: labels, **how)
+    assert "\n" not in str(raised.value) and denoiser.calls == 0
+    with pytest.raises(ValueError, match="labels must be None or a callable of seeds"):
+        amedlib.training.Trainer(denoiser, *BY_STEPS.values(), (3,), labels=labels)
+
+
+def test_a_network_that_is_not_a_number_is_said(tmp_path):
+    def broken(x, t, labels=None):
+        return x * math.nan
+
+    with pytest.raises(ValueError, match="NaN or inf arose in step 1 of 32"):
+        amedlib.compare(broken, 5, (3,), progress=False)
+    with pytest.raises(ValueError, match="NaN or inf arose in step 1 of"):
+        train(broken, tmp_path)
+    with pytest.raises(ValueError, match="loss of batch 0, step 0, must be finite; nan"):
+        train(broken, tmp_path, **BY_STEPS)
+
+
+class Linear(torch.nn.Linear):
+    """A network in half precision that takes what it is given."""
+
+    def forward(self, x, t, labels=None):
+        return super().forward(x.to(self.weight.dtype)).to(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_on_a_cpu_is_refused(tmp_path, dtype):
+    denoiser = Linear(3, 3).to(dtype)
+    calls = (
+        lambda: solve(denoiser),
+        lambda: amedlib.compare(denoiser, 5, (3,), progress=False),
+        lambda: train(denoiser, tmp_path),
+        lambda: train(denoiser, tmp_path, **BY_STEPS),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=f"weights of Linear must be in float32 .*{dtype} was"):
+            call()
+
+
+def solve(denoiser):
+    times, solver = amedlib.make_schedule(), amedlib.make_solver("euler")
+    return amedlib.sample(denoiser, torch.ones(2, 3), times, solver)
+
+
+def test_training_begins_where_the_untrained_solver_is_best(tmp_path):
+    """From order 4, which is far off on a rough model, eight passes did not reach order 2."""
+
+    class Rough(Mixture):
+        def __call__(self, x, t, labels=None):
+            return super().__call__(x, t) + 0.3 * torch.sin(9 * torch.as_tensor(t).log())
+
+    denoiser, path = Rough(), tmp_path / "a.safetensors"
+    first = train(denoiser, tmp_path, evaluations=1).trained_for
+    config = default_training(denoiser, 5)
+    started, made = best_start(denoiser, config, (3,))
+    assert first == started
+
+    def error(training):
+        trainer = amedlib.training.Trainer(denoiser, training, (3,))
+        return next(trainer.losses(*trainer._inputs(trainer.seeds(0))))[0].item()
+
+    assert error(started) < error(config)
+    assert int(amedlib.files.load_tensors(path)[1]["evaluations"]) > made
+    again = train(lambda *_: pytest.fail("evaluated"), tmp_path)  # the file says how it began
+    assert again.trained_for == first
 
 
 def test_memory_that_does_not_suffice_halves_the_batch():

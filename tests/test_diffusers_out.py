@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import diffusers
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,7 @@ from amedlib.intermediate import Predictor
 from amedlib.training import Training, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array")
-PAGE = Path(__file__).parents[1] / "book/howto.md"
+PAGE = Path(__file__).parents[1] / "notebooks/howto.ipynb"
 X0 = {"prediction_type": "sample"}
 
 
@@ -245,8 +246,10 @@ class Trained:
 
 
 def lines(containing):
-    """The code block of the page that contains a word."""
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    """The code block in the page's text that contains a word."""
+    cells = nbformat.read(PAGE, as_version=4).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (found,) = [block for block in blocks if containing in block]
     return found
 

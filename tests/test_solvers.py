@@ -455,6 +455,7 @@ def test_bad_solvers_are_refused(name, options, message):
         ({"rho": 0.0}, "rho must be a positive number; 0.0 was given"),
         ({"name": "discrete"}, "sigma_min must be between the model's .*; 0.002 was given"),
         ({"name": "discrete", "sigmas": [3.0, 1.0]}, "sigmas must be an ascending list"),
+        ({"name": "discrete", "sigmas": [0.001, 1, 1, 90]}, "sigmas must be an ascending list"),
     ],
 )
 def test_bad_schedules_are_refused(arguments, message):

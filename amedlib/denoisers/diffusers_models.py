@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from amedlib.checks import is_number, require
+from amedlib.compute import check_precision
 from amedlib.denoisers.diffusers_pipelines import SHARED, Told, network_of
 from amedlib.denoisers.diffusers_schedulers import convention, scheduler_times
 
@@ -214,9 +215,7 @@ def _check(network) -> None:
     name = type(network).__name__
     known = "timestep" in inspect.signature(network.forward).parameters
     require(known, "network", name, "one with an argument timestep")
-    half = network.dtype.itemsize < 4 and network.device.type == "cpu"
-    allowed = "in float32 on a CPU; move it to a GPU first, or call .float()"
-    require(not half, f"weights of {name}", network.dtype, allowed)
+    check_precision(network)
 
 
 def _arguments(network, conditioning: dict, unconditional: dict | None) -> Callable:

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from amedlib.checks import require
+from amedlib.comparison import Comparison
 from amedlib.datasets.entries import Entry, describe
 from amedlib.study import claims, figures, plans, tables, verdicts
 from amedlib.study.execute import measure, run
@@ -187,6 +188,29 @@ def benchmarks(path: Path) -> dict:
 def gpu_reports(results_dir: Path) -> dict[str, dict]:
     """What ``python -m benchmarks gpu`` wrote, by machine; empty where it was not run."""
     return {path.stem: benchmarks(path) for path in sorted((results_dir / "gpu").glob("*.json"))}
+
+
+def gains_in_words(found: dict[str, Comparison]) -> tuple[str, str]:
+    """What training gained on some models and how long it took, a sentence each.
+
+    Args:
+        found: by the model's name, each with one trained sampler, called "trained".
+    """
+    ratios = {name: each.ratio("trained") for name, each in found.items()}
+    better = sum(high < 1 for _, _, high in ratios.values())
+    first = next(iter(found.values()))
+    *parts, last = (
+        f"{ratio:.2f} ({low:.2f} to {high:.2f}) on {name}"
+        for name, (ratio, low, high) in ratios.items()
+    )
+    gained = (
+        f"At {first['trained'].nfe} evaluations the trained sampler beats all "
+        f"{len(first.rows) - 1} untrained ones on {better} of {len(found)} models: the error at "
+        f"the end, as a fraction of the best untrained one's with its 95 % interval, is "
+        f"{', '.join(parts)} and {last}."
+    )
+    *seconds, last = (f"{each['trained'].sampler.seconds:.0f}" for each in found.values())
+    return gained, f"Training the samplers took {', '.join(seconds)} and {last} seconds on a CPU."
 
 
 def trainings_drawn(ours: pd.DataFrame) -> str:

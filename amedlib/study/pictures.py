@@ -11,6 +11,7 @@ from matplotlib.patches import FancyBboxPatch
 from tqdm import tqdm
 
 from amedlib.checks import require
+from amedlib.comparison import Comparison
 from amedlib.intermediate import Predictor
 from amedlib.sampling import sample
 from amedlib.study.execute import context_of, make_predictors, prepare
@@ -18,6 +19,7 @@ from amedlib.study.figures import BLUE, WIDTH, legend_below, look
 from amedlib.study.run import Run
 from amedlib.study.store import RESULTS, predictor_path
 from amedlib.study.theory import Plane, Step
+from amedlib.trained import TrainedSampler
 
 # --- images -------------------------------------------------------------------------------------
 
@@ -113,6 +115,31 @@ def image_table(cells: pd.DataFrame, titles: Sequence[str]) -> Figure:
             ax.set_title("\n".join(above), loc="left", pad=3)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, hspace=0, wspace=0)
     return figure
+
+
+def compared_images(found: Comparison, denoiser, count: int, shape: tuple[int, ...]) -> Figure:
+    """Samples from the same latents: best untrained, trained, accurate; and how far off they are.
+
+    Args:
+        found: of ``amedlib.compare`` on the denoiser.
+        count: how many latents, the first of the comparison.
+        shape: of a sample as an image, (C, H, W) in [-1, 1].
+    """
+    latents, solution = found.latents[:count], found.solution[:count]
+    trained = [row for row in found.rows if isinstance(row.sampler, TrainedSampler)]
+    rows = {
+        f"best untrained: {found.best.name}": found.best.sampler,
+        trained[0].name: trained[0].sampler,
+    }
+    drawn = {name: each.sample(denoiser, latents).x for name, each in rows.items()}
+    factor = max(1, round(0.3 / found.best.error))  # so that the difference of the best is seen
+    shown = {name: fractions(x) for name, x in (drawn | {"accurate solution": solution}).items()}
+    shown |= {
+        f"{name.partition(':')[0]} less accurate, times {factor}": 0.5 + factor * (x - solution) / 2
+        for name, x in drawn.items()
+    }
+    cells = pd.DataFrame({"": {name: x.reshape(-1, *shape) for name, x in shown.items()}})
+    return image_table(cells, [""])
 
 
 # --- one step of each solver ---------------------------------------------------------------------

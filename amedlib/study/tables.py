@@ -159,10 +159,20 @@ def verdict_table(judged: pd.DataFrame):
         text += ". † Trained once: the noise of training is that of other predictors"
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     below = "caption-side: bottom; text-align: left; font-style: italic"
-    return HTML(
+    table = (
         f'<table class="verdicts"><caption style="{below}">{text}.</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     )
+    many = len(judged) > MANY
+    return folded(f"All {len(judged)} comparisons", table) if many else HTML(table)
+
+
+MANY = 30  # comparisons, of which a page shows the count first
+
+
+def folded(summary: str, html: str) -> HTML:
+    """What a page shows on a click, below a line that says what it is."""
+    return HTML(f"<details><summary>{summary}</summary>{html}</details>")
 
 
 def _compared(row) -> str:
@@ -455,4 +465,5 @@ def corruptions_table(table: pd.DataFrame):
 def ends_table(table: pd.DataFrame):
     """The same distances of what has no strength: untouched images, grey ones, noise."""
     whole = table[table["strength"].isna()].set_index("kind").drop(columns="strength")
+    whole += 0.0  # no minus before a zero
     return whole.rename(columns=DISTANCES).rename_axis(None).style.format("{:.3g}")

@@ -14,11 +14,11 @@ from amedlib.study.uncertainty import Estimate, against_baseline
 
 def test_differences_are_corrected_for_their_number():
     clear, close = Estimate(-2.0, 0.1, None, 1, 100), Estimate(0.25, 0.1, None, 1, 100)
-    (alone,) = page.differences_in_words({"b": close})
-    assert alone == "b: **worse** (0.25 ± 0.23)."
-    both = page.differences_in_words({"a": clear, "b": close, "c": close, "d": close})
-    assert both[0] == "a: **better** (−2.00 ± 0.23)."
-    assert both[1].startswith("b: **not to be told apart**")
+    (alone,) = page.differences_in_words({"b": close}, "FD")
+    assert alone == "b: **worse** (difference of FD 0.25 ± 0.23)."
+    both = page.differences_in_words({"a": clear, "b": close, "c": close, "d": close}, "FD")
+    assert both[0] == "a: **better** (difference of FD −2.00 ± 0.23)."
+    assert both[1].startswith("b: **undecided**")
 
 
 def test_components_are_told_one_by_one():
@@ -88,9 +88,9 @@ def test_differences_of_all_headings_are_corrected_together():
     alone = tables.variants_table({"x": frame(gain)}, ["a"]).to_html()
     three = tables.variants_table({n: frame(gain) for n in "xyz"}, ["a"]).to_html()
     assert alone.count("✗") == 1 and three.count("✗") == 0 and three.count("? ") == 3
-    assert tables.variants_in_words({"x": frame(gain)}, ["a"]) == ["x: *b* **worse** than *a*."]
+    assert tables.variants_in_words({"x": frame(gain)}, ["a"]) == ["x: *b* is **worse** than *a*."]
     several = tables.variants_in_words({n: frame(gain) for n in "xyz"}, ["a"])
-    assert several[1] == "y: *b* **not to be told apart** from *a*."
+    assert several[1] == "y: *b* **cannot be told apart** from *a*."
 
 
 def test_a_table_shows_every_stored_training_of_a_cell(tmp_path):

@@ -194,7 +194,7 @@ def of_losses(found: pd.DataFrame) -> str:
     return " ".join(told)
 
 
-TOLD = {"✓": "better than", "✗": "worse than", "?": "not to be told apart from"}
+TOLD = {"✓": "is better than", "✗": "is worse than", "?": "cannot be told apart from"}
 
 
 def of_plugin(frames: dict[str, pd.DataFrame]) -> tuple[str, str]:
@@ -211,7 +211,7 @@ def of_plugin(frames: dict[str, pd.DataFrame]) -> tuple[str, str]:
     return (
         f"At {measured['nfe'].iloc[0]} evaluations iPNDM has {unit} {value[plain]}, with the "
         f"analytical first step (AFS) {value[afs]}, with AFS and a learned step {value[both]}.",
-        f"The learned step with AFS is {TOLD[found[0]]} AFS alone (difference {found[2:]}).",
+        f"AFS with a learned step {TOLD[found[0]]} AFS alone (difference {found[2:]}).",
     )
 
 
@@ -226,11 +226,11 @@ def of_objectives(measured: pd.DataFrame, unit: str) -> tuple[str, str]:
     values = estimates(measured, by=("variant", "nfe")).set_index(["variant", "nfe"])["value"]
     each = [f"{values[end, n]:.2f} instead of {values[step, n]:.2f} at {n}" for n in frames]
     marks = tables.variants_marked(frames, [step])
-    told = [f"at {n} evaluations {TOLD[marks[n, step, end][0]]} the other" for n in frames]
+    told = [f"{TOLD[marks[n, step, end][0]]} the other at {n}" for n in frames]
     return (
         f"Trained for the end of the trajectory and not for the next step, AMED-Plugin has {unit} "
         f"{listed(each)} evaluations.",
-        f"By paired differences it is {listed(told)}.",
+        f"By paired differences it {listed(told)} evaluations.",
     )
 
 

@@ -117,7 +117,7 @@ def cells_caption(number: int, dataset: str, measured: pd.DataFrame) -> None:
         what += "own solution)"
     trained = trainings_in_words(measured)
     once = any(1 in some for some in times_trained(measured).values())
-    one = " With one training its noise is not in the interval." * once
+    one = " A cell with one training has an interval without the noise of training." * once
     theirs = describe(published(f"table{number}")["dataset"].iloc[0]).title
     text = (
         f"Table {number} on {data.title}: {what}, lower is better, with 95 % intervals; best of "
@@ -241,8 +241,8 @@ def limits(dataset: str, n_samples: int, metric: str = "fd", **how) -> str:
     """Sentences for captions: the limit of the model, and the floor where one is known."""
     limit = run(plans.limit_run(dataset, n_samples, metric), **how)
     text = (
-        f"EDM with {limit.run.nfe} NFE, all but the solution of the ODE, reaches "
-        f"{limit.value:.3g}: the limit of the model. The model was trained on these images too."
+        f"EDM with {limit.run.nfe} NFE solves the ODE almost exactly and reaches "
+        f"{limit.value:.3g}: the limit of the model, which was trained on these images too."
     )
     if describe(dataset).floor:
         floor = run(plans.floor_runs(dataset)[metric], **how)
@@ -364,15 +364,16 @@ def results_of(measured: pd.DataFrame, **cell) -> list[Result]:
     return rows["result"].tolist()
 
 
-def differences_in_words(found: dict[str, Estimate]) -> list[str]:
+def differences_in_words(found: dict[str, Estimate], unit: str) -> list[str]:
     """Paired differences in sentences: better, worse, or undecided, corrected for their number."""
     said = []
     corrected = claims.holm([each.p_value for each in found.values()])
-    words = {"holds": "better", "does not hold": "worse", "undecided": "not to be told apart"}
+    words = {"holds": "better", "does not hold": "worse", "undecided": "undecided"}
     for (what, each), p_value in zip(found.items(), corrected, strict=True):
         low, high = each.interval
         word = words[claims.verdict(each.value, p_value)]
-        said.append(f"{what}: **{word}** ({with_interval(each.value, (high - low) / 2)}).")
+        value = with_interval(each.value, (high - low) / 2)
+        said.append(f"{what}: **{word}** (difference of {unit} {value}).")
     return said
 
 
@@ -419,8 +420,8 @@ def parts_in_words(errors: pd.DataFrame) -> tuple[str, str]:
         f"{errors[part][along]:.3f} against {errors[part][whole]:.3f}" for part in (plane, rest)
     ]
     return first, (
-        f"In the plane {along} is nearer ({parts[0]}), but across the plane, which the picture does "
-        f"not show, it is farther off ({parts[1]})."
+        f"In the plane {along} is nearer ({parts[0]}), but across the plane, which the picture "
+        f"does not show, it is farther off ({parts[1]})."
     )
 
 

@@ -351,17 +351,32 @@ def gains_in_words(found: pd.DataFrame) -> list[str]:
     """What each part of ``audit.our_gains`` brings, a sentence per solver and NFE."""
     parts = [*found["by_afs_found"], *found["by_step_found"]]
     texts = marked(parts, better="higher")
-    words = {"✓": "**better**", "✗": "**worse**", "?": "**not to be told apart**"}
+    words = {"✓": "**better**", "✗": "**worse**", "?": "**undecided**"}
     said = []
     for row, afs, step in zip(
         found.itertuples(), texts[: len(found)], texts[len(found) :], strict=True
     ):
-        once = " (one training)" if np.isnan(row.by_step_found.training_error) else ""
+        once = ", one training" if np.isnan(row.by_step_found.training_error) else ""
         said.append(
-            f"{row.solver} at {row.nfe} evaluations: with AFS {words[afs[0]]}, by {afs[2:]}; with "
-            f"the learned step on top {words[step[0]]}{once}, by {step[2:]}."
+            f"{row.solver} at {row.nfe} evaluations: AFS lowers the distance by {afs[2:]} "
+            f"({words[afs[0]]}), a learned step besides by {step[2:]} ({words[step[0]]}{once})."
         )
     return said
+
+
+# What variants of ``plans.QUESTIONS`` are called on a page.
+VARIANTS = {
+    "for the step": "trained for the step",
+    "for the endpoint": "trained for the end",
+    "table, for the step": "free numbers, trained for the step",
+    "table, for the endpoint": "free numbers, trained for the end",
+    "network": "the network",
+    "table": "one free number per step",
+    "as the text": "recipe of the text",
+    "network of the release": "the text's, with the release's network",
+    "start of the release": "the text's, with the release's starts",
+    "both": "the text's, with both",
+}
 
 
 def variants_table(frames: dict[str, pd.DataFrame], baselines: list[str]):
@@ -397,14 +412,21 @@ def variants_marked(frames: dict[str, pd.DataFrame], baselines: list[str]) -> di
 
 def variants_in_words(frames: dict[str, pd.DataFrame], baselines: list[str]) -> list[str]:
     """What ``variants_table`` says, a sentence per heading and baseline."""
-    words = {"✓": "**better** than", "✗": "**worse** than", "?": "**not to be told apart** from"}
+    words = {
+        "✓": "{} **better** than",
+        "✗": "{} **worse** than",
+        "?": "**cannot be told apart** from",
+    }
     groups: dict[tuple, dict[str, list[str]]] = {}
     for (heading, baseline, variant), text in variants_marked(frames, baselines).items():
         told = groups.setdefault((heading, baseline), {})
         told.setdefault(words[text[0]], []).append(f"*{variant}*")
     said = []
     for (heading, baseline), told in groups.items():
-        each = [f"{' and '.join(names)} {word} *{baseline}*" for word, names in told.items()]
+        each = [
+            f"{' and '.join(names)} {word.format('are' if len(names) > 1 else 'is')} *{baseline}*"
+            for word, names in told.items()
+        ]
         said.append(f"{heading}: {'; '.join(each)}.")
     return said
 

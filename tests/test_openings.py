@@ -11,7 +11,10 @@ import pytest
 
 from amedlib.study import openings
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+# A guide begins with the first thing to do, and a bibliography with its entries.
+PROSE = [p for p in sorted((ROOT / "book").glob("*.md")) if p.stem not in ("howto", "bibliography")]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -88,3 +91,12 @@ def test_a_bound_is_broken_or_holds(monkeypatch, height, said):
 def test_learned_places_are_counted_by_method():
     results = {"AMED-Solver": [SimpleNamespace(curves={"r": [0.4, 0.6]})]}
     assert openings.of_places(results).endswith("1 of 2 for AMED-Solver.")
+
+
+@pytest.mark.parametrize("path", PROSE, ids=lambda path: path.stem)
+def test_prose_begins_with_its_result_too(path):
+    """A bold sentence, and at most one more."""
+    text = re.sub(r"\{glue:text\}`[^`]*`", "X", path.read_text()).split("\n\n")
+    assert text[0].startswith("# ") and text[1].startswith("**")
+    sentences = re.split(r"(?<=[.?])(?:\*\*)?\s+(?=[A-Z`])", text[1].strip())
+    assert len(sentences) <= 3, sentences  # a question and its answer count as two

@@ -100,3 +100,12 @@ def test_prose_begins_with_its_result_too(path):
     assert text[0].startswith("# ") and text[1].startswith("**")
     sentences = re.split(r"(?<=[.?])(?:\*\*)?\s+(?=[A-Z`])", text[1].strip())
     assert len(sentences) <= 3, sentences  # a question and its answer count as two
+
+
+def test_what_centring_changes_is_told_with_afs_and_without():
+    rows = [("A", 3, "centred", 2.0), ("A", 3, "not centred", 2.0)]
+    rows += [("A, AFS", 3, "centred", 1.0), ("A, AFS", 3, "not centred", 2.5)]
+    found = pd.DataFrame(rows, columns=["method", "nfe", "data", "value"])
+    first, second = openings.of_centring(found, "FD")
+    assert "in 1 of 1 cells: 2.50 to 2.50 times" in first and "A at 3 evaluations" in first
+    assert second == "Without AFS it is 1.00 to 1.00 times."

@@ -234,16 +234,22 @@ def of_objectives(measured: pd.DataFrame, unit: str) -> tuple[str, str]:
     )
 
 
-def of_centring(found: pd.DataFrame, unit: str) -> str:
-    """What AFS does on data whose mean is not zero; estimates by method, data and nfe."""
-    nfe = found["nfe"].min()
-    value = found[found["nfe"] == nfe].set_index(["method", "data"])["value"]
-    on = ("centred", "not centred")
-    without, with_afs = ([value[name, data] for data in on] for name in ("iPNDM", "iPNDM, AFS"))
+def of_centring(found: pd.DataFrame, unit: str) -> tuple[str, str]:
+    """What centring changes with AFS and without it, in two sentences.
+
+    Args:
+        found: estimates by method, data and nfe, of ``plans.centring``.
+    """
+    values = found.pivot(index=["method", "nfe"], columns="data", values="value")
+    ratio = values["not centred"] / values["centred"]
+    afs = ratio.index.get_level_values("method").str.endswith("AFS")
+    name, nfe = ratio[afs].idxmax()
     return (
-        f"At {nfe} evaluations the analytical first step (AFS) takes {unit} of iPNDM from "
-        f"{without[0]:.3g} to {with_afs[0]:.3g} on centred data, and from {without[1]:.3g} to "
-        f"{with_afs[1]:.3g} on data that are not centred."
+        f"With the analytical first step (AFS) {unit} is higher on data that are not centred in "
+        f"{(ratio[afs] > 1).sum()} of {afs.sum()} cells: {ratio[afs].min():.2f} to "
+        f"{ratio[afs].max():.2f} times that on centred data, most for {name.split(',')[0]} at "
+        f"{nfe} evaluations.",
+        f"Without AFS it is {ratio[~afs].min():.2f} to {ratio[~afs].max():.2f} times.",
     )
 
 

@@ -90,7 +90,7 @@ def test_a_bound_is_broken_or_holds(monkeypatch, height, said):
 
 def test_learned_places_are_counted_by_method():
     results = {"AMED-Solver": [SimpleNamespace(curves={"r": [0.4, 0.6]})]}
-    assert openings.of_places(results).endswith("1 of 2 for AMED-Solver.")
+    assert openings.of_places(results).endswith("1 of 2 cases for AMED-Solver.")
 
 
 @pytest.mark.parametrize("path", PROSE, ids=lambda path: path.stem)

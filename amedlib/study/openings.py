@@ -179,7 +179,7 @@ def of_places(results: dict[str, list[Result]]) -> str:
     told = []
     for method, some in results.items():
         places = [r for result in some for r in result.curves["r"]]
-        told.append(f"{sum(r < 0.5 for r in places)} of {len(places)} for {method}")
+        told.append(f"{sum(r < 0.5 for r in places)} of {len(places)} cases for {method}")
     return f"The learned place is before the middle of its step (r below 1/2) in {listed(told)}."
 
 
@@ -187,8 +187,8 @@ def of_losses(found: pd.DataFrame) -> str:
     """In how many cells a loss other than L2 has the lower mean; estimates by method, loss, nfe."""
     values = found.pivot(index=["method", "nfe"], columns="loss", values="value").dropna()
     told = [
-        f"Trained with the loss {name}, {(values[name] < values['l2']).sum()} of {len(values)} "
-        "cells have a lower mean than with L2."
+        f"With the training loss {name} instead of L2 the mean is lower in "
+        f"{(values[name] < values['l2']).sum()} of {len(values)} cells."
         for name in values.columns.drop("l2")
     ]
     return " ".join(told)
@@ -279,11 +279,14 @@ def of_freedoms(worth: pd.DataFrame) -> tuple[str, str]:
         worth: of ``standings.effects``.
     """
     first = worth.loc[worth.groupby("nfe")["value"].idxmin()].set_index("nfe")
-    each = [f"{standings.WORDS[row.factor]} at {row.Index}" for row in first.itertuples()]
+    each = [
+        f"{standings.WORDS[name]} at {listed([str(nfe) for nfe in nfes])}"
+        for name, nfes in first.groupby("factor", sort=False).groups.items()
+    ]
     nfe = nearest(first.index)
     value, low, high = first.loc[nfe, ["value", "low", "high"]]
     return (
-        f"The largest gain comes from {listed(each)} evaluations.",
+        f"The largest gain comes from {', and from '.join(each)} evaluations.",
         f"At {nfe} that multiplies FD by {value:.2f} ({low:.2f} to {high:.2f}), in the mean over "
         "the other freedoms.",
     )

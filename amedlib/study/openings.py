@@ -114,7 +114,9 @@ def row_in_words(number: int, row: pd.Series) -> str:
     words = {"AFS": "AFS", "AMED": "a learned step"}
     marks = [words[name] for name in ROWS[number] if name in words and row[name] == "✓"]
     plain = [each for each in named if each not in ("✓", "✗") and not each.endswith("= –")]
-    text = ", ".join(plain)
+    if number == 5:  # schedule and method
+        plain = [" on ".join(reversed(plain)) + " times"]
+    text = f"the teacher {plain[0]}" if number == 4 else ", ".join(plain)
     return f"{text} with {listed(marks)}" if marks else text
 
 

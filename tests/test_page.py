@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 
-from amedlib.study import claims, figures, page, plans, tables
+from amedlib.study import claims, figures, openings, page, plans, tables
 from amedlib.study.run import BLOCKS, Result, Run
 from amedlib.study.store import save_result
 from amedlib.study.uncertainty import Estimate, against_baseline
@@ -14,17 +14,18 @@ from amedlib.study.uncertainty import Estimate, against_baseline
 
 def test_differences_are_corrected_for_their_number():
     clear, close = Estimate(-2.0, 0.1, None, 1, 100), Estimate(0.25, 0.1, None, 1, 100)
-    (alone,) = page.differences_in_words({"b": close})
-    assert alone == "b: **worse** (0.25 ± 0.23)."
-    both = page.differences_in_words({"a": clear, "b": close, "c": close, "d": close})
-    assert both[0] == "a: **better** (−2.00 ± 0.23)."
-    assert both[1].startswith("b: **not to be told apart**")
+    (alone,) = page.differences_in_words({"b": close}, "FD")
+    assert alone == "b: **worse** (difference of FD 0.25 ± 0.23)."
+    both = page.differences_in_words({"a": clear, "b": close, "c": close, "d": close}, "FD")
+    assert both[0] == "a: **better** (difference of FD −2.00 ± 0.23)."
+    assert both[1].startswith("b: **undecided**")
 
 
 def test_components_are_told_one_by_one():
     curves = {"cumulative_variance": [0.99995, 0.999999, 1.0, 1.0]}
-    said = page.components_in_words(SimpleNamespace(curves=curves))
-    assert "One component explains 99.9950 %" in said and "two 99.9999 %" in said
+    first, second = page.components_in_words(SimpleNamespace(curves=curves, value=0.0712))
+    assert "Two directions explain 99.9999 %" in first and "one alone explains 99.9950 %" in first
+    assert "at most 7.1 % of its norm" in second
 
 
 def test_a_search_that_harms_the_end_is_called_greedy():
@@ -33,7 +34,7 @@ def test_a_search_that_harms_the_end_is_called_greedy():
         "DDIM": {"baseline": [0.1, 0.4], "searched": [0.0, 0.3]},
     }
     said = page.search_in_words(curves)
-    assert said.endswith("**farther away** for iPNDM (0.400 to 0.900): the search is greedy.")
+    assert said.endswith("nearer for DDIM, and takes it farther away for iPNDM (0.400 to 0.900).")
     assert page.search_in_words({"DDIM": curves["DDIM"]}).endswith("nearer for DDIM.")
 
 
@@ -87,9 +88,9 @@ def test_differences_of_all_headings_are_corrected_together():
     alone = tables.variants_table({"x": frame(gain)}, ["a"]).to_html()
     three = tables.variants_table({n: frame(gain) for n in "xyz"}, ["a"]).to_html()
     assert alone.count("✗") == 1 and three.count("✗") == 0 and three.count("? ") == 3
-    assert tables.variants_in_words({"x": frame(gain)}, ["a"]) == ["x: *b* **worse** than *a*."]
+    assert tables.variants_in_words({"x": frame(gain)}, ["a"]) == ["x: *b* is **worse** than *a*."]
     several = tables.variants_in_words({n: frame(gain) for n in "xyz"}, ["a"])
-    assert several[1] == "y: *b* **not to be told apart** from *a*."
+    assert several[1] == "y: *b* **cannot be told apart** from *a*."
 
 
 def test_a_table_shows_every_stored_training_of_a_cell(tmp_path):
@@ -132,10 +133,11 @@ def test_the_best_single_step_solver_is_told_per_schedule():
 def test_what_a_picture_of_the_plane_hides_is_said():
     columns = ["error", "along the plane", "across it"]
     errors = pd.DataFrame([[0.7, 0.2, 0.6], [0.5, 0.3, 0.4]], ["A", "B"], columns)
-    said = page.parts_in_words(errors)
-    assert said.startswith("In the plane A ends nearest (0.200), across it B (0.400), in all B")
-    assert said.endswith("Across it A is off by 0.600, B by 0.400; that decides.")
-    assert "picture" not in page.parts_in_words(errors[1:])
+    first, second = page.parts_in_words(errors)
+    assert first == "B ends the step nearest to the solution, 0.500 from it."
+    assert second.startswith("In the plane A is nearer (0.200 against 0.300), but across the plane")
+    assert second.endswith("it is farther off (0.600 against 0.400).")
+    assert "picture" not in page.parts_in_words(errors[1:])[1]
 
 
 def test_an_ablation_tells_its_widest_spread():
@@ -145,12 +147,10 @@ def test_an_ablation_tells_its_widest_spread():
         for row in planned.itertuples()
         for value in [64.0 if row.amed and row.nfe == 4 else 8.0 if row.r == 0.1 else 16.0]
     ]
-    (said,) = page.spread_in_words(6, planned.assign(result=results))
-    assert said == (
-        "The rows differ most at NFE 4: from 8 (DPM-Solver-2, r = 0.1) to 64 (AMED-Plugin "
-        "(DPM-Solver-2))."
+    assert openings.of_ablation(6, planned.assign(result=results), "FD") == (
+        "At 4 evaluations DPM-Solver-2, r = 0.1 has the lowest FD in the mean, 8, and AMED-Plugin "
+        "(DPM-Solver-2) the highest, 64."
     )
-    assert page.spread_in_words(9, planned) == []
 
 
 def test_a_need_that_nothing_was_run_for_says_so():

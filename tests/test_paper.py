@@ -13,6 +13,7 @@ from amedlib.datasets.entries import describe
 from amedlib.study import (
     claims,
     execute,
+    openings,
     page,
     plans,
     published,
@@ -276,10 +277,14 @@ def test_a_table_is_shown_with_its_caption_and_its_figure(tmp_path, monkeypatch)
     shown = []
     monkeypatch.setattr(page, "display", shown.append)
     how = {"results_dir": tmp_path, "progress": False}
-    measured = page.show_cells(*given, figure=True, **how)
+    monkeypatch.setattr(openings, "display", shown.append)
+    measured, judged = page.open_table(*given, **how)
     assert [each.value for each in measured["result"]] == [99.0 - i for i in range(len(planned))]
-    found, table, words, figure = shown
-    assert "**" in found.data  # what the table says of the claims comes first
+    (found,) = shown
+    assert found.data.startswith("**At ") and "Of the paper's claims" in found.data
+    shown.clear()
+    page.show_cells(6, "digits", measured, figure=True)
+    table, words, figure = shown
 
     unit = describe("digits").feature_distance_name
     columns = [(nfe, whose) for nfe in ("NFE 4", "NFE 10") for whose in (unit, "paper")]
@@ -293,8 +298,10 @@ def test_a_table_is_shown_with_its_caption_and_its_figure(tmp_path, monkeypatch)
     assert words.data.startswith("*Table 6 on ")
     assert [ax.get_title() for ax in figure.axes] == ["ours", "the paper"]
 
-    page.show_cells(*given, **how)
-    assert len(shown) == 7  # no figure
+    page.show_cells(6, "digits", measured, fold=True)
+    assert len(shown) == 5 and shown[3].data.startswith("<details>")  # no figure
+    page.show_claims(judged)
+    assert "**" in shown[5].data and "verdicts" in shown[6].data
 
 
 def test_estimates_keep_the_order_of_the_plan():

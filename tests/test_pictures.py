@@ -37,14 +37,18 @@ def test_large_images_are_not_enlarged():
 def test_an_image_table():
     images = torch.rand(2, 1, 8, 8, generator=torch.manual_seed(0))
     cells = pd.DataFrame({3: [images, None], 5: [images, images]}, index=["DDIM", "EDM"])
-    figure = pictures.image_table(cells, ["NFE 3", "NFE 5"])
+    figure = pictures.image_table(cells, ["NFE 3", "NFE 5"], "Digits")
     shown = [len(ax.images) for ax in figure.axes]
     assert shown == [1, 1, 0, 1]
     titles = [ax.get_title(loc="left") for ax in figure.axes]
     assert titles == ["NFE 3\nDDIM", "NFE 5\n", "EDM", ""]
     assert (figure.axes[3].images[0].get_array() == pictures.strip(images)).all()
+    assert figures.in_words(figure) == (
+        "Sampled images, Digits: in every row the same 2 latents by another sampler. Columns: "
+        "NFE 3, NFE 5. Rows: DDIM; EDM."
+    )
     with pytest.raises(ValueError, match="cells must be a table with at least one image"):
-        pictures.image_table(cells.iloc[:0], ["NFE 3", "NFE 5"])
+        pictures.image_table(cells.iloc[:0], ["NFE 3", "NFE 5"], "Digits")
 
 
 def test_drawn_images_are_the_samples(tmp_path):
@@ -74,7 +78,12 @@ def test_a_method_without_a_stored_predictor_is_left_out_and_named(tmp_path):
     assert cells.index.tolist() == names
     assert text == " Left out, since no predictor is stored: AMED-Solver at NFE 3."
     assert (cells.loc["AMED-Solver", 5] == trained).all()
-    assert [len(ax.images) for ax in pictures.image_table(cells, "ab").axes] == [1, 1, 0, 1]
+    assert [len(ax.images) for ax in pictures.image_table(cells, "ab", "Digits").axes] == [
+        1,
+        1,
+        0,
+        1,
+    ]
     predictor_path(what, tmp_path).unlink()
 
 

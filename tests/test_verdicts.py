@@ -50,7 +50,7 @@ def test_the_ledger_has_every_measure_of_a_data_set(dataset):
 def test_disagreements_are_counted():
     rows = ["holds holds", "holds undecided", "holds does_not_hold", "holds not_run"]
     said = verdicts.how_often_they_disagree(pd.DataFrame([row(words) for words in rows]))
-    assert said.startswith("3 claims") and "In 2 of them" in said and "in 1 the measures" in said
+    assert said.startswith("Of 3 claims") and "verdict on 2," in said and "on 1 the" in said
 
 
 def test_words_have_the_counts_and_what_was_not_run():

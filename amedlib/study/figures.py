@@ -409,7 +409,12 @@ def few_figure(found: pd.DataFrame, unit: str) -> Figure:
 
 
 def in_words(figure: Figure) -> str:
-    """What a figure shows, for who does not see it: its panels, their axes, and what is drawn."""
+    """What a figure shows, for who does not see it: its panels, their axes, and what is drawn.
+
+    A figure that says so itself has it as its label.
+    """
+    if figure.get_label():
+        return figure.get_label()
     panels, drawn = [], []
     for ax in figure.axes:
         titles = ax.get_title() or ax.get_title("left")

@@ -208,7 +208,8 @@ def gallery(cells: pd.DataFrame, found: pd.DataFrame, unit: str, start: tuple[st
             says = f"{unit} {value}" if value else f"{unit} not measured"
             says = f"{method}, {nfe} evaluations: {says}."
             if torch.is_tensor(images):
-                frame = Frame(says, f"{len(images)} images. {says}", mosaic(images, 2))
+                alt = f"{len(images)} sampled images, two in a row. {says}"
+                frame = Frame(says, alt, mosaic(images, 2))
             else:  # one transparent pixel
                 says = f"{method}, {nfe} evaluations: no predictor is stored."
                 frame = Frame(says, says, mosaic(torch.zeros(0, 1, 1, 1), 1))

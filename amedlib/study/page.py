@@ -15,11 +15,12 @@ from IPython import get_ipython
 from IPython.display import HTML, Markdown, display
 from matplotlib.figure import Figure
 from matplotlib_inline.backend_inline import set_matplotlib_formats
+from pandas.io.formats.style import Styler
 
 from amedlib.checks import require
 from amedlib.comparison import Comparison
 from amedlib.datasets.entries import Entry, describe
-from amedlib.study import claims, figures, plans, tables, verdicts
+from amedlib.study import claims, figures, openings, plans, tables, verdicts
 from amedlib.study.execute import measure, run
 from amedlib.study.parameters import check
 from amedlib.study.published import ROWS, WORDS, across_nfe, published, row_names
@@ -117,7 +118,7 @@ def cells_caption(number: int, dataset: str, measured: pd.DataFrame) -> None:
         what += "own solution)"
     trained = trainings_in_words(measured)
     once = any(1 in some for some in times_trained(measured).values())
-    one = " With one training its noise is not in the interval." * once
+    one = " A cell with one training has an interval without the noise of training." * once
     theirs = describe(published(f"table{number}")["dataset"].iloc[0]).title
     text = (
         f"Table {number} on {data.title}: {what}, lower is better, with 95 % intervals; best of "
@@ -145,30 +146,66 @@ def trainings_in_words(measured: pd.DataFrame) -> str:
     return ", ".join(f"{' or '.join(map(str, some))} at NFE {nfe}" for nfe, some in times)
 
 
-def show_cells(
-    number: int, dataset: str, nfes, seeds, n_samples, metric="fd", figure=False, **how
+def measure_cells(
+    number: int, dataset: str, nfes, seeds, n_samples, metric="fd", **how
 ) -> pd.DataFrame:
-    """Measure one of Tables 3 to 13 and show what it says of the paper's claims, the table with its
-    caption, and a figure if asked.
+    """Measure one of Tables 3 to 13.
 
     Args:
         number, dataset, nfes, seeds, n_samples, metric: as in ``plans.table``.
         how: of ``begin``.
 
     Returns:
-        What was measured: the plan with its results, and the other stored trainings of its cells.
+        The plan with its results, and the other stored trainings of its cells.
     """
     measured = measure(plans.table(number, dataset, nfes, seeds, n_samples, metric), **how)
-    measured = claims.every_training(measured, how["results_dir"])
+    return claims.every_training(measured, how["results_dir"])
+
+
+def open_table(
+    number: int, dataset: str, nfes, seeds, n_samples, **how
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Measure one of Tables 3 to 13 and begin its page with what was found.
+
+    Args:
+        number, dataset, nfes, seeds, n_samples, how: as in ``measure_cells``.
+
+    Returns:
+        What ``measure_cells`` does, and the paper's claims about it, of ``claims.judge``.
+    """
+    measured = measure_cells(number, dataset, nfes, seeds, n_samples, **how)
+    judged = claims.judge(f"table{number}", measured, how["results_dir"])
+    openings.of_table(number, measured, judged, describe(dataset).feature_distance_name)
+    return measured, judged
+
+
+def show_cells(number: int, dataset: str, measured: pd.DataFrame, figure=False, fold=False) -> None:
+    """Show one of Tables 3 to 13 with its caption, and a figure if asked.
+
+    Args:
+        number, dataset: the table, and what it was measured on.
+        measured: of ``measure_cells``.
+        fold: whether the table opens on a click only.
+    """
+    metric = measured["result"].iloc[0].run.metric
     unit = "endpoint error" if metric != "fd" else describe(dataset).feature_distance_name
-    if metric == "fd":
-        judged = claims.judge(f"table{number}", measured, how["results_dir"])
-        display_found([*verdicts.of_a_page(judged), *spread_in_words(number, measured)])
-    display(tables.cells_table(number, measured, unit))
+    table = tables.cells_table(number, measured, unit)
+    display(folded(f"Table {number} by {unit}", table) if fold else table)
     cells_caption(number, dataset, measured)
     if figure:
         display(figures.cells_figure(number, measured, unit))
-    return measured
+
+
+def folded(summary: str, table: Styler) -> HTML:
+    """A long table, which opens on a click."""
+    return tables.folded(summary, table.to_html())
+
+
+def show_claims(judged: pd.DataFrame) -> None:
+    """Show what a page says of each claim of the paper, and the comparisons behind it."""
+    if len(judged):
+        display_found(verdicts.of_a_page(judged))
+    display(tables.verdict_table(judged))
 
 
 def benchmarks(path: Path) -> dict:
@@ -228,8 +265,8 @@ def limits(dataset: str, n_samples: int, metric: str = "fd", **how) -> str:
     """Sentences for captions: the limit of the model, and the floor where one is known."""
     limit = run(plans.limit_run(dataset, n_samples, metric), **how)
     text = (
-        f"EDM with {limit.run.nfe} NFE, all but the solution of the ODE, reaches "
-        f"{limit.value:.3g}: the limit of the model. The model was trained on these images too."
+        f"EDM with {limit.run.nfe} NFE solves the ODE almost exactly and reaches "
+        f"{limit.value:.3g}: the limit of the model, which was trained on these images too."
     )
     if describe(dataset).floor:
         floor = run(plans.floor_runs(dataset)[metric], **how)
@@ -351,43 +388,17 @@ def results_of(measured: pd.DataFrame, **cell) -> list[Result]:
     return rows["result"].tolist()
 
 
-def differences_in_words(found: dict[str, Estimate]) -> list[str]:
+def differences_in_words(found: dict[str, Estimate], unit: str) -> list[str]:
     """Paired differences in sentences: better, worse, or undecided, corrected for their number."""
     said = []
     corrected = claims.holm([each.p_value for each in found.values()])
-    words = {"holds": "better", "does not hold": "worse", "undecided": "not to be told apart"}
+    words = {"holds": "better", "does not hold": "worse", "undecided": "undecided"}
     for (what, each), p_value in zip(found.items(), corrected, strict=True):
         low, high = each.interval
         word = words[claims.verdict(each.value, p_value)]
-        said.append(f"{what}: **{word}** ({with_interval(each.value, (high - low) / 2)}).")
+        value = with_interval(each.value, (high - low) / 2)
+        said.append(f"{what}: **{word}** (difference of {unit} {value}).")
     return said
-
-
-def spread_in_words(number: int, measured: pd.DataFrame) -> list[str]:
-    """At which NFE the rows of an ablation, Tables 3 to 7, differ most, and from what to what."""
-    if number not in range(3, 8):
-        return []
-    found = estimates(row_names(measured, number), by=[*ROWS[number], "nfe"])
-    ends = [
-        (rows["value"].max() / rows["value"].min(), nfe, rows)
-        for nfe, rows in found.groupby("nfe")
-        if len(rows) > 1
-    ]
-    if not ends:
-        return []
-    _, nfe, rows = max(ends, key=lambda each: each[0])
-    low, high = (rows.loc[i] for i in (rows["value"].idxmin(), rows["value"].idxmax()))
-    told = [
-        f"{with_interval(row['value'], row['half'])} ({_row_in_words(number, row)})"
-        for row in (low, high)
-    ]
-    return [f"The rows differ most at NFE {nfe}: from {told[0]} to {told[1]}."]
-
-
-def _row_in_words(number: int, row: pd.Series) -> str:
-    """What a row of a table is called: ``M = 2``, ``DPM-Solver-2, r = 0.3``."""
-    named = [f"{name} = {row[name]}" if name in ("r", "M") else row[name] for name in ROWS[number]]
-    return ", ".join(each for each in named if not each.endswith("= –"))
 
 
 def single_steps_in_words(frames: dict[str, pd.DataFrame]) -> list[str]:
@@ -406,36 +417,36 @@ def single_steps_in_words(frames: dict[str, pd.DataFrame]) -> list[str]:
     return said
 
 
-def components_in_words(result: Result) -> str:
-    """How many components a trajectory needs; of the metric ``"trajectory_pca"``."""
-    shares = [100 * share for share in result.curves["cumulative_variance"][:3]]
-    one, two, three = (f"{share:.4f} %" for share in shares)
+def components_in_words(result: Result) -> tuple[str, str]:
+    """How many directions a trajectory needs, in two sentences; of the metric
+    ``"trajectory_pca"``."""
+    one, two = (f"{100 * share:.4f} %" for share in result.curves["cumulative_variance"][:2])
     return (
-        f"**One component explains {one} of the variance along a trajectory, two {two}, three "
-        f"{three}.** That two explain more than 99 % therefore says nothing of a plane: one does. "
-        "What tells a plane from a line is how small the rest is, on the left."
+        f"Two directions explain {two} of the variance along a trajectory; one alone explains "
+        f"{one}.",
+        f"Outside the plane of the two a state has at most {100 * result.value:.2g} % of its norm, "
+        "in the mean over trajectories.",
     )
 
 
-def parts_in_words(errors: pd.DataFrame) -> str:
-    """Which solver ends a step nearest to the solution, in the plane, across it and in all.
+def parts_in_words(errors: pd.DataFrame) -> tuple[str, str]:
+    """Which solver ends a step nearest to the solution, and which in the plane alone.
 
     Args:
         errors: a row per solver; columns the error, and its parts along the plane and across it.
     """
-    whole, along, across = (errors[name].idxmin() for name in errors)
-    values = [f"{errors[name].min():.3f}" for name in errors]
-    text = (
-        f"In the plane {along} ends nearest ({values[1]}), across it {across} ({values[2]}), in "
-        f"all {whole} ({values[0]})."
+    name, plane, rest = errors.columns
+    whole, along = errors[name].idxmin(), errors[plane].idxmin()
+    first = f"{whole} ends the step nearest to the solution, {errors[name].min():.3f} from it."
+    if whole == along:
+        return first, f"In the plane it is nearest too, {errors[plane].min():.3f} from it."
+    parts = [
+        f"{errors[part][along]:.3f} against {errors[part][whole]:.3f}" for part in (plane, rest)
+    ]
+    return first, (
+        f"In the plane {along} is nearer ({parts[0]}), but across the plane, which the picture "
+        f"does not show, it is farther off ({parts[1]})."
     )
-    if whole != along:
-        name = errors.columns[2]
-        text += (
-            f" The picture shows the plane only. Across it {along} is off by "
-            f"{errors[name][along]:.3f}, {whole} by {errors[name][whole]:.3f}; that decides."
-        )
-    return text
 
 
 def search_in_words(curves: dict[str, dict]) -> str:
@@ -443,7 +454,8 @@ def search_in_words(curves: dict[str, dict]) -> str:
     ends = {name: (c["baseline"][-1], c["searched"][-1]) for name, c in curves.items()}
     worse = [f"{name} ({a:.3f} to {b:.3f})" for name, (a, b) in ends.items() if b > a]
     better = [name for name, (a, b) in ends.items() if b <= a]
-    text = f"Searched step by step, r brings the end nearer for {', '.join(better) or 'no solver'}"
+    text = "Searched for one step after the other, r brings the end of the trajectory nearer for "
+    text += openings.listed(better) if better else "no solver"
     if worse:
-        text += f", and takes it **farther away** for {', '.join(worse)}: the search is greedy"
+        text += f", and takes it farther away for {openings.listed(worse)}"
     return f"{text}."

@@ -96,8 +96,14 @@ def strip(images: torch.Tensor, size: int = 64) -> np.ndarray:
     return row.clamp(0, 1).permute(1, 2, 0).numpy()
 
 
-def image_table(cells: pd.DataFrame, titles: Sequence[str]) -> Figure:
-    """Images in a table: a strip per cell, a row per method below its name, a column per title."""
+def image_table(cells: pd.DataFrame, titles: Sequence[str], what: str) -> Figure:
+    """Images in a table: a strip per cell, a row per method below its name, a column per title.
+
+    Args:
+        cells: tensors [B, C, H, W], or ``None``; rows methods.
+        titles: of the columns.
+        what: the images are of, for who does not see them.
+    """
     require(cells.size > 0, "cells", tuple(cells.shape), "a table with at least one image")
     strips = cells.map(lambda images: strip(images) if torch.is_tensor(images) else None)
     high, wide = next(s for row in strips.to_numpy() for s in row if s is not None).shape[:2]
@@ -114,6 +120,12 @@ def image_table(cells: pd.DataFrame, titles: Sequence[str]) -> Figure:
             above = [title] * (i == 0) + [name if j == 0 else ""]
             ax.set_title("\n".join(above), loc="left", pad=3)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, hspace=0, wspace=0)
+    count = next(len(images) for images in cells.to_numpy().flat if torch.is_tensor(images))
+    columns = f"Columns: {', '.join(titles)}" if columns > 1 else titles[0]
+    figure.set_label(
+        f"Sampled images, {what}: in every row the same {count} latents by another sampler. "
+        f"{columns}. Rows: {'; '.join(cells.index)}."
+    )
     return figure
 
 

@@ -159,10 +159,20 @@ def verdict_table(judged: pd.DataFrame):
         text += ". † Trained once: the noise of training is that of other predictors"
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     below = "caption-side: bottom; text-align: left; font-style: italic"
-    return HTML(
+    table = (
         f'<table class="verdicts"><caption style="{below}">{text}.</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     )
+    many = len(judged) > MANY
+    return folded(f"All {len(judged)} comparisons", table) if many else HTML(table)
+
+
+MANY = 30  # comparisons, of which a page shows the count first
+
+
+def folded(summary: str, html: str) -> HTML:
+    """What a page shows on a click, below a line that says what it is."""
+    return HTML(f"<details><summary>{summary}</summary>{html}</details>")
 
 
 def _compared(row) -> str:
@@ -341,17 +351,32 @@ def gains_in_words(found: pd.DataFrame) -> list[str]:
     """What each part of ``audit.our_gains`` brings, a sentence per solver and NFE."""
     parts = [*found["by_afs_found"], *found["by_step_found"]]
     texts = marked(parts, better="higher")
-    words = {"✓": "**better**", "✗": "**worse**", "?": "**not to be told apart**"}
+    words = {"✓": "**better**", "✗": "**worse**", "?": "**undecided**"}
     said = []
     for row, afs, step in zip(
         found.itertuples(), texts[: len(found)], texts[len(found) :], strict=True
     ):
-        once = " (one training)" if np.isnan(row.by_step_found.training_error) else ""
+        once = ", one training" if np.isnan(row.by_step_found.training_error) else ""
         said.append(
-            f"{row.solver} at {row.nfe} evaluations: with AFS {words[afs[0]]}, by {afs[2:]}; with "
-            f"the learned step on top {words[step[0]]}{once}, by {step[2:]}."
+            f"{row.solver} at {row.nfe} evaluations: AFS lowers the distance by {afs[2:]} "
+            f"({words[afs[0]]}), a learned step besides by {step[2:]} ({words[step[0]]}{once})."
         )
     return said
+
+
+# What variants of ``plans.QUESTIONS`` are called on a page.
+VARIANTS = {
+    "for the step": "trained for the step",
+    "for the endpoint": "trained for the end",
+    "table, for the step": "free numbers, trained for the step",
+    "table, for the endpoint": "free numbers, trained for the end",
+    "network": "the network",
+    "table": "one free number per step",
+    "as the text": "recipe of the text",
+    "network of the release": "the text's, with the release's network",
+    "start of the release": "the text's, with the release's starts",
+    "both": "the text's, with both",
+}
 
 
 def variants_table(frames: dict[str, pd.DataFrame], baselines: list[str]):
@@ -387,14 +412,21 @@ def variants_marked(frames: dict[str, pd.DataFrame], baselines: list[str]) -> di
 
 def variants_in_words(frames: dict[str, pd.DataFrame], baselines: list[str]) -> list[str]:
     """What ``variants_table`` says, a sentence per heading and baseline."""
-    words = {"✓": "**better** than", "✗": "**worse** than", "?": "**not to be told apart** from"}
+    words = {
+        "✓": "{} **better** than",
+        "✗": "{} **worse** than",
+        "?": "**cannot be told apart** from",
+    }
     groups: dict[tuple, dict[str, list[str]]] = {}
     for (heading, baseline, variant), text in variants_marked(frames, baselines).items():
         told = groups.setdefault((heading, baseline), {})
         told.setdefault(words[text[0]], []).append(f"*{variant}*")
     said = []
     for (heading, baseline), told in groups.items():
-        each = [f"{' and '.join(names)} {word} *{baseline}*" for word, names in told.items()]
+        each = [
+            f"{' and '.join(names)} {word.format('are' if len(names) > 1 else 'is')} *{baseline}*"
+            for word, names in told.items()
+        ]
         said.append(f"{heading}: {'; '.join(each)}.")
     return said
 
@@ -455,4 +487,5 @@ def corruptions_table(table: pd.DataFrame):
 def ends_table(table: pd.DataFrame):
     """The same distances of what has no strength: untouched images, grey ones, noise."""
     whole = table[table["strength"].isna()].set_index("kind").drop(columns="strength")
+    whole += 0.0  # no minus before a zero
     return whole.rename(columns=DISTANCES).rename_axis(None).style.format("{:.3g}")

@@ -73,8 +73,8 @@ def how_often_they_disagree(ledger: pd.DataFrame) -> str:
         return "No claim was tested by more than one measure."
     other, against = sum(map(bool, map(changed, several))), sum(map(contradictory, several))
     return (
-        f"{len(several)} claims were tested by more than one measure. In {other} of them another "
-        f"distance changes the verdict; in {against} the measures contradict each other."
+        f"Of {len(several)} claims tested by more than one measure, another distance changes the "
+        f"verdict on {other}, and on {against} the measures contradict each other."
     )
 
 

@@ -1,0 +1,294 @@
+"""What a page begins with: its result, in at most two short sentences."""
+
+import pandas as pd
+from IPython.display import Markdown, display
+
+from amedlib.datasets.entries import describe
+from amedlib.study import claims, corruptions, plans, standings, tables, verdicts
+from amedlib.study.published import ROWS, row_names
+from amedlib.study.run import Result
+from amedlib.study.uncertainty import estimates, with_interval
+
+AROUND = 5  # the number of evaluations that the paper is about
+# What one claim, and what several claims do.
+COUNTED = {
+    "holds": ("holds", "hold"),
+    "does not hold": ("does not hold", "do not hold"),
+    "mixed": ("is mixed", "are mixed"),
+    "partly tested": ("is tested in part", "are tested in part"),
+    "undecided": ("is undecided", "are undecided"),
+    "no power": ("has a test without power", "have tests without power"),
+    "not run": ("is not run", "are not run"),
+}
+
+
+def show(first: str, second: str = "") -> None:
+    """Show what a page found, above everything else: the first sentence in bold."""
+    display(Markdown(f"**{first.replace('**', '')}** {second}".strip()))
+
+
+def listed(words: list[str]) -> str:
+    """``a, b and c``."""
+    *rest, last = words
+    return f"{', '.join(rest)} and {last}" if rest else last
+
+
+def counted(words: pd.Series, what: str = "claims tested on this page") -> str:
+    """How many claims hold, fail, and so on, in a sentence.
+
+    Args:
+        words: a verdict per claim.
+    """
+    count = words.value_counts()
+    each = [f"{count[w]} {some[int(count[w] > 1)]}" for w, some in COUNTED.items() if w in count]
+    return f"Of the paper's {what}, {listed(each)}."
+
+
+def of_claims(judged: pd.DataFrame) -> str:
+    """What the comparisons of a page say of the paper's claims, in a sentence.
+
+    Args:
+        judged: of ``claims.judge``.
+    """
+    told = verdicts.of_a_page(judged)
+    if len(told) == 1:  # or that there is none
+        return told[0] if judged.empty else f"The paper claims: {told[0]}"
+    words = [
+        claims.overall(some["verdict"], some["made"].iloc[0], (some["universal"] == "yes").any())
+        for _, some in judged.groupby("id", sort=False)
+    ]
+    return counted(pd.Series(words))
+
+
+def nearest(nfes) -> int:
+    """The number of evaluations nearest to five, the smaller of two."""
+    return min(sorted(nfes), key=lambda nfe: abs(nfe - AROUND))
+
+
+def extremes(found: pd.DataFrame, nfe: int, unit: str) -> str:
+    """The best and the worst row at one number of evaluations, in a sentence.
+
+    Args:
+        found: ``uncertainty.estimates``, with the rows' names in a column ``method``.
+    """
+    rows = found[found["nfe"] == nfe].set_index("method")
+    low, high = rows["value"].idxmin(), rows["value"].idxmax()
+    told = [with_interval(rows["value"][name], rows["half"][name]) for name in (low, high)]
+    return (
+        f"At {nfe} evaluations {low} has the lowest {unit} in the mean, {told[0]}, and {high} the "
+        f"highest, {told[1]}."
+    )
+
+
+def of_samplers(measured: pd.DataFrame, unit: str) -> str:
+    """``extremes`` of a table of samplers, at the number of evaluations nearest to five."""
+    return extremes(estimates(measured), nearest(measured["nfe"]), unit)
+
+
+def of_images(dataset: str, nfe: int, results_dir) -> str:
+    """What the images of ``plans.table2`` at one NFE were measured to be worth.
+
+    Nothing is computed; where the store has nothing the sentence says so.
+    """
+    planned = plans.table2(dataset, nfes=[nfe], seeds=[0])
+    measured = claims.stored(planned, results_dir).dropna(subset="result")
+    if measured.empty:
+        return f"No distance of these images is stored for {describe(dataset).title}."
+    return extremes(estimates(measured), nfe, describe(dataset).feature_distance_name)
+
+
+def of_ablation(number: int, measured: pd.DataFrame, unit: str) -> str:
+    """At which NFE the rows of Tables 3 to 7 differ most, and from what to what."""
+    found = estimates(row_names(measured, number), by=[*ROWS[number], "nfe"])
+    found = found.assign(method=[row_in_words(number, row) for _, row in found.iterrows()])
+    several = {nfe: rows["value"] for nfe, rows in found.groupby("nfe") if len(rows) > 1}
+    if not several:
+        return ""
+    widest = max(several, key=lambda nfe: several[nfe].max() / several[nfe].min())
+    return extremes(found, widest, unit)
+
+
+def row_in_words(number: int, row: pd.Series) -> str:
+    """What a row of a table is called: ``M = 2``, ``DPM-Solver-2, r = 0.3``, ``DDIM with AFS``."""
+    named = [f"{name} = {row[name]}" if name in ("r", "M") else row[name] for name in ROWS[number]]
+    words = {"AFS": "AFS", "AMED": "a learned step"}
+    marks = [words[name] for name in ROWS[number] if name in words and row[name] == "✓"]
+    plain = [each for each in named if each not in ("✓", "✗") and not each.endswith("= –")]
+    if number == 5:  # schedule and method
+        plain = [" on ".join(reversed(plain)) + " times"]
+    text = f"the teacher {plain[0]}" if number == 4 else ", ".join(plain)
+    return f"{text} with {listed(marks)}" if marks else text
+
+
+def of_afs(measured: pd.DataFrame, unit: str) -> str:
+    """In how many cells of a table AFS lowers the mean, in a sentence."""
+    values = measured.assign(value=[result.value for result in measured["result"]])
+    values["amed"] = values["amed"].astype(bool)
+    found = values.pivot_table(index=["method", "amed", "nfe"], columns="afs", values="value")
+    found = found.dropna()
+    lower = (found[True] < found[False]).sum()
+    return (
+        f"The analytical first step (AFS) lowers {unit} in {lower} of the {len(found)} cells that "
+        "have a value with it and without it."
+    )
+
+
+def of_table(number: int, measured: pd.DataFrame, judged: pd.DataFrame, unit: str) -> None:
+    """Begin the page of one of Tables 3 to 13.
+
+    Args:
+        measured: columns ``plans.KEY`` and ``result``.
+        judged: the claims about it, of ``claims.judge``.
+        unit: what is measured.
+    """
+    if number in range(3, 8):
+        first = of_ablation(number, measured, unit)
+    elif number == 13:  # guidance, not the sampler, makes the extremes
+        first = ""
+    elif number == 8:
+        first = of_afs(measured, unit)
+    else:
+        named = row_names(measured, number)
+        named = named.assign(method=[row_in_words(number, row) for _, row in named.iterrows()])
+        first = of_samplers(named, unit)
+    second = of_claims(judged) if len(judged) or not first else ""
+    show(*filter(None, [first, second]))
+
+
+def of_local_errors(found: pd.DataFrame) -> str:
+    """The smallest and the largest error of a step that starts on the solution, in a sentence."""
+    rows = found.set_index("method")["value"]
+    return (
+        f"{rows.idxmin()} ends a step nearest to the solution, {rows.min():.3g} from it in the "
+        f"mean; {rows.idxmax()} ends farthest, {rows.max():.3g}."
+    )
+
+
+def of_bound(t, distance, bound, factor: float) -> None:
+    """Whether a bound is one: at how many times the distance is above it."""
+    beyond = distance > bound
+    first = (
+        f"The paper's bound is broken at {beyond.sum()} of {len(t)} times: there the mean "
+        "distance from the plane is larger."
+        if beyond.any()
+        else f"The paper's bound holds of the mean distance at all {len(t)} times."
+    )
+    show(first, f"The smallest bound of its form is {factor:.3g} times as high.")
+
+
+def of_places(results: dict[str, list[Result]]) -> str:
+    """How many learned places are before the middle of their step, by method, in a sentence."""
+    told = []
+    for method, some in results.items():
+        places = [r for result in some for r in result.curves["r"]]
+        told.append(f"{sum(r < 0.5 for r in places)} of {len(places)} cases for {method}")
+    return f"The learned place is before the middle of its step (r below 1/2) in {listed(told)}."
+
+
+def of_losses(found: pd.DataFrame) -> str:
+    """In how many cells a loss other than L2 has the lower mean; estimates by method, loss, nfe."""
+    values = found.pivot(index=["method", "nfe"], columns="loss", values="value").dropna()
+    told = [
+        f"With the training loss {name} instead of L2 the mean is lower in "
+        f"{(values[name] < values['l2']).sum()} of {len(values)} cells."
+        for name in values.columns.drop("l2")
+    ]
+    return " ".join(told)
+
+
+TOLD = {"✓": "is better than", "✗": "is worse than", "?": "cannot be told apart from"}
+
+
+def of_plugin(frames: dict[str, pd.DataFrame]) -> tuple[str, str]:
+    """What iPNDM gains from AFS, and from the learned step besides, in two sentences.
+
+    Args:
+        frames: measure to what was measured of ``plans.plugin``; told is the first.
+    """
+    unit, measured = next(iter(frames.items()))
+    plain, afs, both = "iPNDM", "iPNDM, AFS", "AMED-Plugin, M = 2"
+    rows = estimates(measured, by=("variant",)).set_index("variant")
+    value = {name: with_interval(row["value"], row["half"]) for name, row in rows.iterrows()}
+    found = tables.variants_marked(frames, [plain, afs])[unit, afs, both]
+    return (
+        f"At {measured['nfe'].iloc[0]} evaluations iPNDM has {unit} {value[plain]}, with the "
+        f"analytical first step (AFS) {value[afs]}, with AFS and a learned step {value[both]}.",
+        f"AFS with a learned step {TOLD[found[0]]} AFS alone (difference {found[2:]}).",
+    )
+
+
+def of_objectives(measured: pd.DataFrame, unit: str) -> tuple[str, str]:
+    """What training for the end of the trajectory changes, in two sentences.
+
+    Args:
+        measured: of ``plans.beyond("objective")``, columns variant, nfe, result.
+    """
+    step, end = measured["variant"].unique()
+    frames = dict(list(measured.groupby("nfe")))
+    values = estimates(measured, by=("variant", "nfe")).set_index(["variant", "nfe"])["value"]
+    each = [f"{values[end, n]:.2f} instead of {values[step, n]:.2f} at {n}" for n in frames]
+    marks = tables.variants_marked(frames, [step])
+    told = [f"{TOLD[marks[n, step, end][0]]} the other at {n}" for n in frames]
+    return (
+        f"Trained for the end of the trajectory and not for the next step, AMED-Plugin has {unit} "
+        f"{listed(each)} evaluations.",
+        f"By paired differences it {listed(told)} evaluations.",
+    )
+
+
+def of_centring(found: pd.DataFrame, unit: str) -> tuple[str, str]:
+    """What centring changes with AFS and without it, in two sentences.
+
+    Args:
+        found: estimates by method, data and nfe, of ``plans.centring``.
+    """
+    values = found.pivot(index=["method", "nfe"], columns="data", values="value")
+    ratio = values["not centred"] / values["centred"]
+    afs = ratio.index.get_level_values("method").str.endswith("AFS")
+    name, nfe = ratio[afs].idxmax()
+    return (
+        f"With the analytical first step (AFS) {unit} is higher on data that are not centred in "
+        f"{(ratio[afs] > 1).sum()} of {afs.sum()} cells: {ratio[afs].min():.2f} to "
+        f"{ratio[afs].max():.2f} times that on centred data, most for {name.split(',')[0]} at "
+        f"{nfe} evaluations.",
+        f"Without AFS it is {ratio[~afs].min():.2f} to {ratio[~afs].max():.2f} times.",
+    )
+
+
+def of_corruptions(found: dict[str, pd.DataFrame]) -> tuple[str, str]:
+    """Of how many corruptions a distance grows at every step, in a sentence per distance.
+
+    Args:
+        found: data set to its table, of ``corruptions.load_table``.
+    """
+    judged = pd.concat(corruptions.judged(table).assign(on=name) for name, table in found.items())
+    right = judged.assign(right=judged["grows"] & judged["below"])
+    right = right.groupby(["metric", "on", "kind"])["right"].all()
+    joint, alone = (
+        f"{right[metric].sum()} of {len(right[metric])}" for metric in ("fd_joint", "fd")
+    )
+    return (
+        f"Joint FD grows at every step, and stays below that of noise, for {joint} corruptions of "
+        "digits and colour images.",
+        f"FD of a classifier's features alone does so for {alone}.",
+    )
+
+
+def of_freedoms(worth: pd.DataFrame) -> tuple[str, str]:
+    """Which freedom brings the largest gain at every NFE, and how large, in two sentences.
+
+    Args:
+        worth: of ``standings.effects``.
+    """
+    first = worth.loc[worth.groupby("nfe")["value"].idxmin()].set_index("nfe")
+    each = [
+        f"{standings.WORDS[name]} at {listed([str(nfe) for nfe in nfes])}"
+        for name, nfes in first.groupby("factor", sort=False).groups.items()
+    ]
+    nfe = nearest(first.index)
+    value, low, high = first.loc[nfe, ["value", "low", "high"]]
+    return (
+        f"The largest gain comes from {', and from '.join(each)} evaluations.",
+        f"At {nfe} that multiplies FD by {value:.2f} ({low:.2f} to {high:.2f}), in the mean over "
+        "the other freedoms.",
+    )

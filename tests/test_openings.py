@@ -13,8 +13,8 @@ from amedlib.study import openings
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-# A guide begins with the first thing to do, and a bibliography with its entries.
-PROSE = [p for p in sorted((ROOT / "book").glob("*.md")) if p.stem not in ("howto", "bibliography")]
+# A bibliography begins with its entries.
+PROSE = [p for p in sorted((ROOT / "book").glob("*.md")) if p.stem != "bibliography"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -24,6 +24,8 @@ def test_no_page_begins_with_prose(path):
     title = cells[0].source
     assert title.splitlines()[0].startswith("# ")
     rest = re.sub(r"\[!\[Open in Colab\].*", "", title.split("\n", 1)[1]).strip()
+    if re.fullmatch(r"(\W*\{glue:text\}`\w+:s`\W*)+", rest):
+        return  # the result is measured further down, and shown here
     assert rest == "", rest[:80]
     shows = r"openings\.(show|of_bound)\(|page\.open_table\(|Markdown\(|standings\.answer"
     before = []

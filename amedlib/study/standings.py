@@ -258,8 +258,8 @@ def rank_correlation(
     return float(stats.spearmanr(a, b).statistic), (float(low), float(high))
 
 
-def answer(found: pd.DataFrame, nfe: int, limit: float) -> str:
-    """Which sampler is best at one NFE, untrained and trained, in sentences.
+def answer(found: pd.DataFrame, nfe: int, limit: float) -> tuple[str, str]:
+    """Which sampler is best at one NFE, untrained and trained, in two sentences.
 
     Args:
         found: of ``standings``.
@@ -269,16 +269,13 @@ def answer(found: pd.DataFrame, nfe: int, limit: float) -> str:
     said = {method: with_interval(row["value"], row["half"]) for method, row in rows.iterrows()}
     first = rows.drop(BEST)["value"].idxmin()
     behind = [name for name in AMED if rows["value"][name] > rows["value"][BEST]]
-    text = {
-        0: "The best untrained sampler is behind AMED-Solver and AMED-Plugin in its mean.",
-        1: f"The best untrained sampler is better in its mean than {''.join(behind)}.",
-        2: "The best untrained sampler is better in its mean than both rows of the paper.",
-    }
+    text = {0: "neither row", 1: f"{''.join(behind)} alone", 2: "both rows"}
     return (
         f"At {nfe} evaluations the best untrained sampler is {rows['who'][BEST]}, with "
-        f"{said[BEST]}; the best learned one is *{first}*, with {said[first]}, where solving the "
-        f"equation exactly gives {limit:.2f}. AMED-Solver has {said['AMED-Solver']}, AMED-Plugin "
-        f"{said['AMED-Plugin']}. {text[len(behind)]}"
+        f"{said[BEST]}, and the best learned one *{first}*, with {said[first]}, where solving the "
+        f"equation exactly gives {limit:.2f}.",
+        f"In its mean the best untrained sampler is ahead of {text[len(behind)]} of the paper: "
+        f"AMED-Solver has {said['AMED-Solver']}, AMED-Plugin {said['AMED-Plugin']}.",
     )
 
 

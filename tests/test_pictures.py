@@ -44,7 +44,7 @@ def test_an_image_table():
     assert titles == ["NFE 3\nDDIM", "NFE 5\n", "EDM", ""]
     assert (figure.axes[3].images[0].get_array() == pictures.strip(images)).all()
     assert figures.in_words(figure) == (
-        "Sampled images, Digits: in every row the same 2 latents by another sampler. Columns: "
+        "Sampled images, Digits: in every row the same 2 latents. Columns: "
         "NFE 3, NFE 5. Rows: DDIM; EDM."
     )
     with pytest.raises(ValueError, match="cells must be a table with at least one image"):

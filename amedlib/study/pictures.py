@@ -121,10 +121,10 @@ def image_table(cells: pd.DataFrame, titles: Sequence[str], what: str) -> Figure
             ax.set_title("\n".join(above), loc="left", pad=3)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, hspace=0, wspace=0)
     count = next(len(images) for images in cells.to_numpy().flat if torch.is_tensor(images))
-    columns = f"Columns: {', '.join(titles)}" if columns > 1 else titles[0]
+    heads = f"Columns: {', '.join(titles)}. " if columns > 1 else f"{titles[0]}. " * bool(titles[0])
     figure.set_label(
-        f"Sampled images, {what}: in every row the same {count} latents by another sampler. "
-        f"{columns}. Rows: {'; '.join(cells.index)}."
+        f"Sampled images, {what}: in every row the same {count} latents. {heads}"
+        f"Rows: {'; '.join(cells.index)}."
     )
     return figure
 
@@ -151,7 +151,7 @@ def compared_images(found: Comparison, denoiser, count: int, shape: tuple[int, .
         for name, x in drawn.items()
     }
     cells = pd.DataFrame({"": {name: x.reshape(-1, *shape) for name, x in shown.items()}})
-    return image_table(cells, [""])
+    return image_table(cells, [""], "by three samplers, and how far two of them are off")
 
 
 # --- one step of each solver ---------------------------------------------------------------------

@@ -105,6 +105,10 @@ def axes(x: str, y: str, log: str = "", **more) -> dict:
     clear = "rgba(0,0,0,0)"
     each = {"gridcolor": "rgba(128,128,128,0.25)", "zeroline": False, "fixedrange": True}
     each |= {"tickformat": "~g", "automargin": True}
+    # Of a logarithmic axis, 1, 2 and 5 of every decade have room for their numbers.
+    kinds = {
+        name: {"type": "log", "dtick": "D2"} if name in log else {"type": "linear"} for name in "xy"
+    }
     return {
         "paper_bgcolor": clear,
         "plot_bgcolor": clear,
@@ -113,8 +117,8 @@ def axes(x: str, y: str, log: str = "", **more) -> dict:
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         "height": 380,
         "dragmode": False,
-        "xaxis": each | {"title": {"text": x}, "type": "log" if "x" in log else "linear"},
-        "yaxis": each | {"title": {"text": y}, "type": "log" if "y" in log else "linear"},
+        "xaxis": each | {"title": {"text": x}} | kinds["x"],
+        "yaxis": each | {"title": {"text": y}} | kinds["y"],
     } | more
 
 

@@ -455,7 +455,8 @@ def compare_by_hand(entry, results_dir, ddim, states, images):
         found = store.load_result(ddim.with_metric("fd"), results_dir).value
         reference = statistics(entry.assets[-1])
         expected, other = fid(images, reference), fid(images.flip(1), reference)
-        assert found == pytest.approx(expected, rel=1e-3)
+        # In half precision a sample's grey level may depend on the number of threads.
+        assert found == pytest.approx(expected, rel=2e-3 if half else 1e-3)
         assert other != pytest.approx(expected, rel=5e-3)  # what colours are matters
 
 

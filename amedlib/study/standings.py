@@ -70,6 +70,10 @@ def best_schedules(dataset: str, nfes, seeds, n_samples, metrics, compute=False,
     first = tried.loc[tried.assign(value=values).groupby(rows)["value"].idxmin()]
     shown = leaderboard.on_schedules(dataset, nfes, seeds, n_samples).merge(first[CELL])
     shown = kept(shown, metrics, compute, **how)
+    place = leaderboard.OF_AMED.index
+    shown = shown.sort_values(
+        ["method", "nfe"], key=lambda x: x.map(place) if x.name == "method" else x
+    )
     return [each.assign(method=each["method"] + ON_BEST) for each in (shown, first)]
 
 

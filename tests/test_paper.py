@@ -63,8 +63,9 @@ def test_plans_ask_for_the_papers_settings():
     assert list(schedules["iPNDM"]) == ["polynomial"]
 
 
-def test_the_whole_study_has_no_run_twice():
-    runs = plans.whole_study("digits")
+@pytest.mark.parametrize("dataset", ["digits", "cifar10", "cifar10_small"])
+def test_the_whole_study_has_no_run_twice(dataset):
+    runs = plans.whole_study(dataset)
     assert len({what.key for what in runs}) == len(runs)
 
 
@@ -228,6 +229,20 @@ def test_a_spot_check_finds_what_has_moved(stored):
     _, frame = reproduce.spot_check("digits", len(runs), seed=7, results_dir=folder, seconds=99.0)
     assert list(frame["agrees"]).count(False) == 1
     assert not frame.loc[frame["NFE"] == 3, "agrees"].all()
+
+
+def test_a_study_takes_the_results_of_its_own_data_sets_alone(stored):
+    folder, runs = stored
+    names = ("digits", "digits_uncentred", "cifar10", "cifar10_small")
+    (own, variant, other, small) = (folder / name for name in names)
+    name = next(own.glob("fd-*.json")).name
+    for place in (variant, other, small):
+        place.mkdir()
+        (place / name).write_bytes((own / name).read_bytes())
+    assert small / name not in reproduce.files_of_study("cifar10", folder)
+    assert other / name in reproduce.files_of_study("cifar10", folder)
+    found = reproduce.files_of_study("digits", folder)
+    assert len(found) == len(runs) + 1 and variant / name in found
 
 
 def test_a_spot_check_needs_enough_results(stored):

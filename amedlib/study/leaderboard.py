@@ -14,7 +14,6 @@ from amedlib.sampling import num_steps_for
 from amedlib.solvers import make_solver
 from amedlib.study import plans
 from amedlib.study.rows import METHODS, SEEDS, Row, runs_of
-from amedlib.study.run import Run
 
 NFES = tuple(range(3, 11))
 # What no sampler is judged on: the best of the untrained is chosen here.
@@ -75,13 +74,6 @@ def can_have(row: Row, nfe: int, dataset: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def with_metric(run: Run, metric: str) -> Run:
-    """The same Run, measured otherwise; endpoint errors on as many samples as there are ends."""
-    most = describe(run.dataset).endpoint_samples
-    few = metric == "endpoint_error" and run.samples > most
-    return (replace(run, samples=most) if few else run).with_metric(metric)
 
 
 def untrained(
@@ -151,8 +143,11 @@ OF_AMED = tuple(name for name in LEARNED if name.startswith("AMED"))
 
 
 def on_schedules(dataset: str = "digits", *args, **kwargs) -> pd.DataFrame:
-    """The rows of AMED on every schedule; arguments and columns as of ``learned``."""
-    each = [learned(dataset, OF_AMED, *args, schedule=name, **kwargs) for name in SCHEDULES]
+    """The rows of AMED, each on every schedule; arguments and columns as of ``learned``."""
+    each = [
+        learned(dataset, (name,), *args, schedule=schedule, **kwargs)
+        for name, schedule in product(OF_AMED, SCHEDULES)
+    ]
     return pd.concat(each, ignore_index=True)
 
 

@@ -456,6 +456,7 @@ def whole_study(dataset: str = "digits") -> list[Run]:
     runs += floor_runs(dataset).values() if describe(dataset).floor else []
     runs += [what for plan in found for what in plan["run"]] + [accuracy_run(dataset)]
     # The joint distance stands beside every other one.
-    joint = [what.with_metric("fd_joint") for what in runs if what.metric == "fd"]
-    runs += [what for what in joint if "fd_joint" in describe(what.dataset).metrics]
+    distances = [what for what in runs if what.metric == "fd"]
+    has_joint = [what for what in distances if "fd_joint" in describe(what.dataset).metrics]
+    runs += [what.with_metric("fd_joint") for what in has_joint]
     return list({what.key: what for what in runs}.values())

@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -22,9 +23,15 @@ from amedlib.study.store import RESULTS, read_result, result_files
 AGAIN = RESULTS.parent.parent / "_build" / "reproduce"
 
 
+def files_of_study(dataset: str, results_dir=RESULTS) -> list[Path]:
+    """The files of all results of the data sets that the study of one is made on."""
+    names = {what.dataset for what in plans.whole_study(dataset)}
+    return [path for name in sorted(names) for path in result_files(name, results_dir)]
+
+
 def stored_results(dataset: str, results_dir=RESULTS) -> list[Result]:
-    """All results of a data set that the store holds."""
-    found = [read_result(path) for path in result_files(dataset, results_dir)]
+    """All results that the store holds of a study and of what else was measured on its data."""
+    found = [read_result(path) for path in files_of_study(dataset, results_dir)]
     return [result for result in found if result is not None]
 
 
@@ -76,7 +83,7 @@ def spot_check(dataset="digits", n=10, seed=None, results_dir=RESULTS, seconds=1
         ValueError: there are fewer than ``n`` such results.
     """
     seed = int.from_bytes(os.urandom(4)) if seed is None else seed
-    files = result_files(dataset, results_dir)
+    files = files_of_study(dataset, results_dir)
     order = np.random.default_rng(seed).permutation(len(files))
     short = (r for r in (read_result(files[i]) for i in order) if r and r.seconds <= seconds)
     chosen = list(islice(short, n))

@@ -1,5 +1,6 @@
 """What the leaderboard says: the best of each kind, its cost, and what each freedom is worth."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -7,6 +8,7 @@ import pandas as pd
 from scipy import stats
 
 from amedlib.comparison import SCHEDULES
+from amedlib.datasets.entries import describe
 from amedlib.files import load_tensors
 from amedlib.study import claims, leaderboard
 from amedlib.study.execute import measure
@@ -70,16 +72,18 @@ def best_schedules(dataset: str, nfes, seeds, n_samples, metrics, compute=False,
     first = tried.loc[tried.assign(value=values).groupby(rows)["value"].idxmin()]
     shown = leaderboard.on_schedules(dataset, nfes, seeds, n_samples).merge(first[CELL])
     shown = kept(shown, metrics, compute, **how)
-    place = leaderboard.OF_AMED.index
-    shown = shown.sort_values(
-        ["method", "nfe"], key=lambda x: x.map(place) if x.name == "method" else x
-    )
     return [each.assign(method=each["method"] + ON_BEST) for each in (shown, first)]
 
 
 def with_metric(planned: pd.DataFrame, metric: str) -> pd.DataFrame:
     """The same plan, measured otherwise; endpoint errors on as many samples as there are ends."""
-    return planned.assign(run=[leaderboard.with_metric(run, metric) for run in planned["run"]])
+
+    def other(run):
+        most = describe(run.dataset).endpoint_samples
+        few = metric == "endpoint_error" and run.samples > most
+        return (replace(run, samples=most) if few else run).with_metric(metric)
+
+    return planned.assign(run=[other(run) for run in planned["run"]])
 
 
 CELL = ["method", "schedule", "afs", "nfe"]

@@ -96,9 +96,9 @@ def load_result(run: Run, results_dir=RESULTS) -> Result | None:
 
 
 def result_files(dataset: str, results_dir=RESULTS) -> list[Path]:
-    """Files of results of a data set and of its variants (``digits_uncentred``), in their order."""
-    folder = checks.path("results_dir", results_dir)
-    return sorted(folder.glob(f"{dataset}*/*-{'[0-9a-f]' * 16}.json"))
+    """The files of all results of a data set, in their order."""
+    folder = checks.path("results_dir", results_dir) / dataset
+    return sorted(folder.glob(f"*-{'[0-9a-f]' * 16}.json"))
 
 
 def read_result(path: Path) -> Result | None:

@@ -154,8 +154,8 @@ def test_an_ablation_tells_its_widest_spread():
 
 
 def test_a_need_that_nothing_was_run_for_says_so():
-    rows = [("no training", "3", "a", 2.0, 0.1), ("no training", "5", "b", 1.0, 0.1)]
-    rows.append(("training", "3", "c", 1.5, 0.1))
+    rows = [("no training", 3, "a", 2.0, 0.1), ("no training", 5, "b", 1.0, 0.1)]
+    rows.append(("training", 3, "c", 1.5, 0.1))
     found = pd.DataFrame(rows, columns=["need", "nfe", "who", "value", "half"])
     html = tables.recommended_table(found).to_html()
     assert html.count("not run") == 1 and "nan" not in html and "c<br>1.50 ± 0.10" in html

@@ -408,6 +408,27 @@ def few_figure(found: pd.DataFrame, unit: str) -> Figure:
     return figure
 
 
+def overhead_figure(sampling: pd.DataFrame, aim: float = 2.0) -> Figure:
+    """The share of time that solvers spend outside the network, with learned steps and without.
+
+    Args:
+        sampling: of ``benchmarks``, a row per solver and intermediate.
+        aim: a share, in per cent, that is drawn as a line.
+    """
+    figure, (ax,) = _panels(1, height=3.0)
+    solvers = sampling["solver"].unique().tolist()[::-1]
+    kinds = {"none": (BLUE, "o", "plain"), "predictor": (ORANGE, "s", "with learned steps")}
+    for kind, (color, marker, label) in kinds.items():
+        rows = sampling[sampling["intermediate"] == kind]
+        places = [solvers.index(name) for name in rows["solver"]]
+        ax.plot(rows["outside the network, %"], places, marker, color=color, label=label)
+    ax.axvline(aim, color=GREY, linestyle=":")
+    ax.set_yticks(range(len(solvers)), solvers)
+    ax.set(xlim=(0, None), xlabel="time outside the network (% of the time of a batch)")
+    legend_below(figure, ax)
+    return figure
+
+
 def in_words(figure: Figure) -> str:
     """What a figure shows, for who does not see it: its panels, their axes, and what is drawn.
 

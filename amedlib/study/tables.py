@@ -293,14 +293,14 @@ def crossed_table(found: pd.DataFrame, rows: list[str], columns: list[str]):
 
 
 def recommended_table(found: pd.DataFrame):
-    """Which sampler for which need: rows needs, columns NFE.
+    """Which sampler for which need: rows NFE, columns needs.
 
     Args:
         found: estimates of ``standings.candidates``.
     """
     cells = [f"{r.who}<br>{with_interval(r.value, r.half)}" for r in found.itertuples()]
-    frame = found.assign(cell=cells).pivot(index="need", columns="nfe", values="cell")
-    frame = frame.reindex(found["need"].unique())[list(found["nfe"].unique())]
+    frame = found.assign(cell=cells).pivot(index="nfe", columns="need", values="cell")
+    frame = frame[list(found["need"].unique())].rename(index=nfe_name)
     frame.index.name = frame.columns.name = None
     return frame.fillna("not run").style
 

@@ -132,6 +132,21 @@ def test_plotly_knows_every_property_of_a_plot(chromium, tmp_path):
 
 
 @needs_browser
+@pytest.mark.parametrize("decades", [0.7, 2, 5])
+def test_numbers_of_a_logarithmic_axis_have_room(chromium, tmp_path, decades):
+    frame = Frame("", "", lines=[([1, 10**decades], [1, 2])], ranges=((0, decades), (0, 4)))
+    view = View([], {(): frame}, [pieces.style("", "#0072B2")], pieces.axes("time", "way", log="x"))
+    chromium.open(page(tmp_path, pieces.piece([], [view]).data), 400)
+    chromium.wait(DRAWN)
+    boxes = (
+        "[...document.querySelectorAll('.xtick text')].map(each => each.getBoundingClientRect())"
+    )
+    places = sorted(chromium.run(f"{boxes}.map(box => [box.left, box.right])"))
+    assert len(places) >= 2
+    assert all(right < left for (_, right), (left, _) in zip(places[:-1], places[1:], strict=True))
+
+
+@needs_browser
 def test_text_can_be_read_in_the_dark(chromium, tmp_path):
     chromium.open(page(tmp_path, toy().data))
     chromium.wait(DRAWN)

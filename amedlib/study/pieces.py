@@ -105,10 +105,7 @@ def axes(x: str, y: str, log: str = "", **more) -> dict:
     clear = "rgba(0,0,0,0)"
     each = {"gridcolor": "rgba(128,128,128,0.25)", "zeroline": False, "fixedrange": True}
     each |= {"tickformat": "~g", "automargin": True}
-    # Of a logarithmic axis, 1, 2 and 5 of every decade have room for their numbers.
-    kinds = {
-        name: {"type": "log", "dtick": "D2"} if name in log else {"type": "linear"} for name in "xy"
-    }
+    kinds = {name: {"type": "log" if name in log else "linear"} for name in "xy"}
     return {
         "paper_bgcolor": clear,
         "plot_bgcolor": clear,

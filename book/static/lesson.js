@@ -32,7 +32,10 @@
     }));
     const layout = { ...view.layout, datarevision: frame.key };
     ["xaxis", "yaxis"].forEach((axis, i) => {
-      layout[axis] = { ...layout[axis], range: frame.ranges[i] };
+      const range = frame.ranges[i];
+      layout[axis] = { ...layout[axis], range };
+      // The numbers 1, 2 and 5 of every decade have room on two decades, and on more only 1.
+      if (layout[axis].type === "log") layout[axis].dtick = Math.abs(range[1] - range[0]) > 2 ? 1 : "D2";
     });
     return plotly().then((Plotly) => Plotly.react(box.querySelector(".plot"), data, layout, settings));
   }

@@ -1,5 +1,6 @@
 """The leaderboard: like is compared with like, and what is said of it follows from the numbers."""
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from amedlib.study import leaderboard, standings
+from amedlib.study import leaderboard, openings, standings
 from amedlib.study.leaderboard import CHOICE, FACTORS, LEARNED, NEEDS, UNTRAINED
 from amedlib.study.uncertainty import estimates, with_interval
 
@@ -175,3 +176,25 @@ def test_more_trainings_are_made_where_three_do_not_do():
         same = own[(own["method"] == cell[0]) & (own["nfe"] == cell[1])]["run"]
         assert len({str(run.predictor | {"seed": 0}) for run in [*same, *rows["run"]]}) == 1
     assert leaderboard.more_trainings((4,)).empty
+
+
+def test_optimisers_differ_in_nothing_else_and_make_equal_updates():
+    found = leaderboard.optimisers(nfes=[5], seeds=[0])
+    for name, rows in found.groupby("method"):
+        trainings = rows.set_index("optimiser")["run"].map(lambda run: run.training)
+        lbfgs = trainings.pop("L-BFGS")
+        (known,) = leaderboard.learned(names=(name,), nfes=[5], seeds=[0])["run"]
+        assert known.training == lbfgs
+        for training in trainings:
+            how = {f: getattr(lbfgs, f) for f in ("optimizer", "learning_rate", "batch", "passes")}
+            assert replace(training, **how) == lbfgs
+            # Ten iterations of L-BFGS in every pass, one update of Adam for every batch.
+            assert training.passes * training.images // training.batch == 10 * lbfgs.passes
+
+
+def test_what_optimisers_reach_is_told_best_first():
+    rows = [("S4S", "slow", 5, 3.0, 0.5), ("S4S", "fast", 5, 2.0, 0.5), ("S4S", "fast", 3, 9, 1)]
+    found = pd.DataFrame(rows, columns=["method", "optimiser", "nfe", "value", "half"])
+    assert openings.of_optimisers(found, 5) == [
+        "*S4S* at 5 evaluations reaches 2.00 ± 0.50 by fast and 3.00 ± 0.50 by slow."
+    ]

@@ -210,3 +210,22 @@ def test_the_rows_of_a_method_keep_its_look():
     said = figures.in_words(figure)
     assert said.startswith("ours: FD against evaluations per sample (NFE). the paper: FID against")
     assert "DPM-Solver-2, r = 0.1" in said
+
+
+def test_points_of_samplers_are_theirs():
+    rows = [(3, False, 9.0, 1.0), (3, True, 2.0, 0.5), (5, True, 1.5, 0.2)]
+    found = pd.DataFrame(rows, columns=["nfe", "learned", "fd", "endpoint"])
+    first, second = figures.agreement_figure(found, "FD").axes
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in first.lines}
+    assert drawn == {"untrained": [[1.0, 9.0]], "learned": [[0.5, 2.0]]}
+    assert [line.get_xydata().tolist() for line in second.lines] == [[], [[0.2, 1.5]]]
+
+
+def test_the_time_outside_the_network_has_a_point_per_solver():
+    rows = [("euler", "none", 0.5), ("euler", "predictor", 1.2), ("amed", "predictor", 1.1)]
+    columns = ["solver", "intermediate", "outside the network, %"]
+    (ax,) = figures.overhead_figure(pd.DataFrame(rows, columns=columns)).axes
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    plain, learned, _ = ax.lines
+    assert [(names[int(y)], x) for x, y in plain.get_xydata()] == [("euler", 0.5)]
+    assert [(names[int(y)], x) for x, y in learned.get_xydata()] == [("euler", 1.2), ("amed", 1.1)]

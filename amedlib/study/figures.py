@@ -408,6 +408,28 @@ def few_figure(found: pd.DataFrame, unit: str) -> Figure:
     return figure
 
 
+def agreement_figure(found: pd.DataFrame, unit: str) -> Figure:
+    """FD against endpoint error, a point per sampler and a panel per NFE.
+
+    Args:
+        found: columns nfe, learned (whether something is), fd, endpoint.
+        unit: of FD.
+    """
+    figure, axes = _panels(found["nfe"].nunique(), height=2.6)
+    kinds = {False: (BLUE, "o", "untrained"), True: (ORANGE, "^", "learned")}
+    for (nfe, rows), ax in zip(found.groupby("nfe"), axes, strict=True):
+        for learned, (color, marker, label) in kinds.items():
+            some = rows[rows["learned"] == learned]
+            ax.plot(some["endpoint"], some["fd"], marker, color=color, alpha=0.7, label=label)
+        ax.set(title=f"{nfe} NFE", xlabel="endpoint error", ylabel=unit, xscale="log")
+        ax.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        _log_scale(ax)
+    legend_below(figure, axes[0])
+    return figure
+
+
 def overhead_figure(sampling: pd.DataFrame, aim: float = 2.0) -> Figure:
     """The share of time that solvers spend outside the network, with learned steps and without.
 

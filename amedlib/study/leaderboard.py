@@ -166,7 +166,8 @@ def colour(nfes=(3, 5, 7), seeds=SEEDS) -> pd.DataFrame:
     plain = plain[plain["afs"] & plain["method"].isin(COLOUR)]
     tables = ("LD3", "all numbers", "all numbers, two evaluations")
     few = learned(dataset, tables, nfes, seeds, ON_CPU["samples"], **FEW)
-    half = pd.concat([plain, few], ignore_index=True)
+    gits = learned(dataset, ("GITS",), nfes, seeds[:1], ON_CPU["samples"], images=FEW["images"])
+    half = pd.concat([plain, few, gits], ignore_index=True)
     half["run"] = [replace(run, **ON_CPU) for run in half["run"]]
     single = [
         plain[plain["method"].eq("iPNDM") & plain["schedule"].eq("polynomial")],
@@ -175,7 +176,7 @@ def colour(nfes=(3, 5, 7), seeds=SEEDS) -> pd.DataFrame:
     return pd.concat([half, *single], ignore_index=True)
 
 
-COLOUR = ("iPNDM", "DPM-Solver++(3M)")
+COLOUR = ("iPNDM", "DPM-Solver++(3M)", "UniPC-3")
 
 # GITS for iPNDM on CIFAR-10 at 6 evaluations, as published (Chen et al., ICML 2024), ascending.
 GITS_CIFAR10 = (0.002, 0.1698, 0.5666, 1.584, 3.8811, 10.9836, 80.0)
@@ -270,6 +271,28 @@ def ways_to_r(dataset: str = "digits", nfes=(5, 7), seeds=SEEDS) -> pd.DataFrame
         row = METHODS["AMED-Plugin"]
         for run in runs_of(dataset, row, nfe, seeds, **fields, objective=objective):
             planned.append({"r": way, "objective": objective, "nfe": nfe, "run": run})
+    return pd.DataFrame(planned)
+
+
+# Adam has one learning rate for all numbers; L-BFGS finds how far each may move. 80 updates each.
+OPTIMISERS = {"L-BFGS": {}} | {
+    f"Adam, {rate:g}": {"optimizer": "adam", "learning_rate": rate, "batch": 64, "passes": 80}
+    for rate in (0.02, 0.1, 0.4)
+}
+
+
+def optimisers(dataset: str = "digits", nfes=(3, 5), seeds=SEEDS) -> pd.DataFrame:
+    """Coefficients, both kinds of times, or all of them, learned by every one of ``OPTIMISERS``.
+
+    Returns:
+        Columns method, optimiser, nfe, run.
+    """
+    planned = []
+    for name, (how, fields), nfe in product(
+        ("S4S", "LD3", "all numbers"), OPTIMISERS.items(), nfes
+    ):
+        for run in runs_of(dataset, LEARNED[name], nfe, seeds, **fields):
+            planned.append({"method": name, "optimiser": how, "nfe": nfe, "run": run})
     return pd.DataFrame(planned)
 
 

@@ -292,3 +292,25 @@ def of_freedoms(worth: pd.DataFrame) -> tuple[str, str]:
         f"At {nfe} that multiplies FD by {value:.2f} ({low:.2f} to {high:.2f}), in the mean over "
         "the other freedoms.",
     )
+
+
+def correlated(found: tuple[float, tuple[float, float]]) -> str:
+    """A value of ``standings.rank_correlation`` with its interval."""
+    value, (low, high) = found
+    return f"{value:.2f} ({low:.2f} to {high:.2f})"
+
+
+def of_optimisers(values: pd.DataFrame, nfe: int) -> list[str]:
+    """What each set of numbers reaches by every optimiser, best first, a sentence each.
+
+    Args:
+        values: estimates by method, optimiser, nfe.
+    """
+    said = []
+    for method, rows in values[values["nfe"] == nfe].groupby("method", sort=False):
+        each = [
+            f"{with_interval(row.value, row.half)} by {row.optimiser}"
+            for row in rows.sort_values("value").itertuples()
+        ]
+        said.append(f"*{method}* at {nfe} evaluations reaches {listed(each)}.")
+    return said

@@ -281,7 +281,7 @@ OPTIMISERS = {"L-BFGS": {}} | {
 }
 
 
-def optimisers(dataset: str = "digits", nfes=(3, 5), seeds=SEEDS) -> pd.DataFrame:
+def optimisers(dataset: str = "digits", nfes=(5,), seeds=SEEDS) -> pd.DataFrame:
     """Coefficients, both kinds of times, or all of them, learned by every one of ``OPTIMISERS``.
 
     Returns:

@@ -18,9 +18,6 @@ from amedlib.study.store import RESULTS, load_result, predictor_path
 
 from . import gpu
 
-# Assumed of one GPU, not measured. Hours are in proportion to it; efficiency does not depend on it.
-TERAFLOPS = 100
-
 
 def rows(workers=(1, 2), samples=2000, repeats=3):
     """Blocks per second of the digits with workers of one thread each; the start is not counted."""
@@ -112,13 +109,13 @@ def _called(task) -> str:
 
 
 def counted(seeds=plans.SEEDS):
-    """The tasks of the paper's Tables 2 to 13, and the seconds of each at ``TERAFLOPS``.
+    """The tasks of the paper's Tables 2 to 13, and the seconds of each at ``costs.reached``.
 
     Evaluations and their floating point operations are counted, see `costs` and `gpu.size`; one in
     training costs what it does in sampling, Inception and LPIPS cost nothing. Data sets whose
     network `gpu.NETWORKS` does not have are left out.
     """
-    rates = costs.assumed(pd.DataFrame(gpu.sizes()), TERAFLOPS)
+    rates = costs.assumed(pd.DataFrame(gpu.sizes()), costs.reached())
     tasks, seconds = {}, {}
     with tempfile.TemporaryDirectory() as empty:  # where nothing is done yet
         for number in range(2, 14):
@@ -140,7 +137,7 @@ def simulate(dataset: str = "digits", workers=(1, 8, 64, 512), results_dir=RESUL
 
 def simulate_paper(workers=(1, 8, 64, 512)):
     """The same of the paper's tables on its own data sets, from counted operations."""
-    yield from _speed_up(f"paper, counted, {TERAFLOPS} TFLOP/s", *counted(), workers)
+    yield from _speed_up(f"paper, counted, {costs.reached()} TFLOP/s", *counted(), workers)
 
 
 def _speed_up(name, tasks, seconds, workers):

@@ -679,7 +679,7 @@ def test_the_papers_tables_take_less_together_than_one_by_one():
     cluster = importlib.import_module("benchmarks.cluster")
     sizes = importlib.import_module("benchmarks.gpu")
     tasks, seconds = cluster.counted(seeds=(0,))
-    rates = costs.assumed(pd.DataFrame(sizes.sizes()), cluster.TERAFLOPS)
+    rates = costs.assumed(pd.DataFrame(sizes.sizes()), costs.reached())
     each = costs.project(costs.count_tables(seeds=(0,)), rates)["total"]
     together = sum(seconds.values()) / 3600
     assert 0.5 * each.sum() < together < each.sum()

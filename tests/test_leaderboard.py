@@ -198,3 +198,20 @@ def test_what_optimisers_reach_is_told_best_first():
     assert openings.of_optimisers(found, 5) == [
         "*S4S* at 5 evaluations reaches 2.00 ± 0.50 by fast and 3.00 ± 0.50 by slow."
     ]
+
+
+def test_needs_are_told_by_the_table():
+    """A table of K = 2 with AFS makes 3 steps at 5 evaluations: 9 evaluations, one of them free."""
+    needs = ["no training", "a minute of training", "a network on the bottleneck"]
+    rows = [(3, needs[0], 2.0), (3, needs[1], 1.0), (3, needs[2], 1.5)]
+    rows += [(5, needs[0], 1.0), (5, needs[1], 1.2), (5, needs[2], 1.1)]
+    found = pd.DataFrame(rows, columns=["nfe", "need", "value"])
+    runs = leaderboard.learned(names=("EPD, K = 2",), nfes=[5], seeds=[0])
+    said = standings.needs_in_words(found, runs.assign(need="evaluations side by side"))
+    assert said == {
+        "which_network": "In its mean the third column is ahead of “no training” at 1 of 2 numbers "
+        "of evaluations and of “a minute of training” at 1 of 2 numbers of evaluations.",
+        "which_first": "In the mean the first of all is “no training” at 5; “a minute of "
+        "training” at 3 evaluations.",
+        "which_parallel": "8 for 5",
+    }

@@ -102,7 +102,7 @@ def test_bad_plans_are_refused(arguments, message):
         partial(plans.beyond, "objective"),
         plans.figure7,
         plans.figure8,
-        plans.release,
+        plans.recipes,
     ],
 )
 def test_every_plan_refuses_what_is_listed_twice(plan, twice):

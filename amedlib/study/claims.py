@@ -11,7 +11,7 @@ from amedlib.datasets.entries import DATASETS, Entry, describe
 from amedlib.datasets.files import DATA
 from amedlib.study import plans
 from amedlib.study.facts import PER_CELL, TESTS
-from amedlib.study.noise import pooled_noise, training_noise
+from amedlib.study.noise import can_be_checked, pooled_noise, training_noise
 from amedlib.study.published import paper_values, published
 from amedlib.study.run import Result
 from amedlib.study.sentences import gap, pairs
@@ -70,14 +70,11 @@ def stored_tables(dataset: str, metric: str, results_dir=RESULTS) -> dict[str, p
 def known_noise(
     dataset: str, tables: dict[str, pd.DataFrame], metric: str, results_dir=RESULTS
 ) -> pd.DataFrame:
-    """``training_noise`` of a data set, or of the digits where none of its trainings was repeated.
-
-    Args:
-        tables: of ``stored_tables``.
-    """
+    """``training_noise`` of ``stored_tables``; with the digits' where its own cannot be checked."""
     noise = training_noise(tables.values())
-    if noise.empty and dataset != "digits":
-        noise = training_noise(stored_tables("digits", metric, results_dir).values())
+    if dataset != "digits" and not can_be_checked(noise):
+        digits = training_noise(stored_tables("digits", metric, results_dir).values())
+        noise = pd.concat([noise, digits], ignore_index=True)
     return noise
 
 

@@ -112,7 +112,7 @@ GPU_PARTS = {
 }
 
 
-def on_gpu(processes: int, results_dir=RESULTS) -> pd.DataFrame:
+def on_gpu(processes: int = 4, results_dir=RESULTS) -> pd.DataFrame:
     """What the small model of CIFAR-10 took of a card: its training, and its stored Table 2.
 
     Args:
@@ -151,6 +151,11 @@ def on_gpu(processes: int, results_dir=RESULTS) -> pd.DataFrame:
     frame["per second"] = frame["evaluations"] / frame["seconds"]
     frame["TFLOP/s"] = frame["per second"] * frame["factor"] * flops / 1e12
     return frame.drop(columns="factor")
+
+
+def reached(results_dir=RESULTS) -> int:
+    """The TFLOP/s that the sampling of Table 2 reached on a card, of ``on_gpu``."""
+    return round(on_gpu(results_dir=results_dir).loc["sampling of Table 2", "TFLOP/s"])
 
 
 # --- projection ---------------------------------------------------------------------------------

@@ -78,6 +78,11 @@ def widening(noise: pd.DataFrame) -> float:
     return max(1.0, scores[min(rank, len(scores)) - 1]) if scores else 1.0
 
 
+def can_be_checked(noise: pd.DataFrame) -> bool:
+    """Whether a training that is left out leaves another of its kind to pool."""
+    return any(_scores(noise, row) for row in noise.index)
+
+
 def _scores(noise: pd.DataFrame, row, factor: float = 1.0) -> list[float]:
     """How far the seeds of a training are from the others, in half widths of their intervals."""
     left_out, what = noise.loc[row], noise.loc[row, "what"]

@@ -23,7 +23,7 @@ from amedlib.datasets.entries import Entry, describe
 from amedlib.study import claims, figures, openings, plans, tables, verdicts
 from amedlib.study.execute import measure, run
 from amedlib.study.parameters import check
-from amedlib.study.published import ROWS, WORDS, across_nfe, published, row_names
+from amedlib.study.published import ROWS, across_nfe, published, row_names, schedule_name
 from amedlib.study.run import Result, Run
 from amedlib.study.store import load_result
 from amedlib.study.uncertainty import (
@@ -412,7 +412,7 @@ def single_steps_in_words(frames: dict[str, pd.DataFrame]) -> list[str]:
         means = estimates(frame[frame["method"].isin(single)])
         first = means.loc[means.groupby("nfe")["value"].idxmin()]
         each = [f"{row.method} at NFE {row.nfe}" for row in first.itertuples()]
-        name = WORDS.get(schedule, schedule)
+        name = schedule_name(schedule)
         said.append(f"Best of the single-step solvers on the {name} schedule: {', '.join(each)}.")
     return said
 

@@ -59,6 +59,11 @@ WORDS = {
 }
 
 
+def schedule_name(schedule: str) -> str:
+    """What a schedule is called in the book."""
+    return WORDS.get(schedule, schedule)
+
+
 def row_names(frame, number):
     """The frame with columns for the rows of a table, in words."""
     marks = {True: "✓", False: "✗"}

@@ -13,7 +13,7 @@ from amedlib.files import load_tensors
 from amedlib.study import claims, leaderboard
 from amedlib.study.execute import measure
 from amedlib.study.forecast import training_evaluations
-from amedlib.study.published import DISTANCES
+from amedlib.study.published import DISTANCES, schedule_name
 from amedlib.study.rows import SEEDS
 from amedlib.study.run import Result
 from amedlib.study.store import RESULTS, load_result, predictor_path
@@ -183,8 +183,7 @@ def use_it(plugin: list[Result], others: pd.DataFrame) -> tuple[str, str]:
 
 def label(row) -> str:
     """An untrained sampler in words: its solver, schedule and whether AFS is on."""
-    schedule = {"logsnr": "logSNR", "time_uniform": "uniform"}.get(row["schedule"], row["schedule"])
-    return f"{row['method']}, {schedule}{', AFS' if row['afs'] else ''}"
+    return f"{row['method']}, {schedule_name(row['schedule'])}{', AFS' if row['afs'] else ''}"
 
 
 def standings(plans: Plans, metric: str = "fd", **how) -> pd.DataFrame:
@@ -328,6 +327,39 @@ def in_numbers(found: pd.DataFrame) -> dict[str, str]:
         key = f"which_{short[row.need]}_{row.nfe}"
         numbers |= {f"{key}_who": row.who, f"{key}_fd": with_interval(row.value, row.half)}
     return numbers
+
+
+def needs_in_words(found: pd.DataFrame, runs: pd.DataFrame) -> dict[str, str]:
+    """What the table of needs says, for the book's prose.
+
+    Args:
+        found: estimates of ``candidates``.
+        runs: of ``candidates``.
+    """
+    means = found.pivot(index="nfe", columns="need", values="value")
+    ahead = {}
+    for need in ("no training", "a minute of training"):
+        if {need, "a network on the bottleneck"} <= set(means):
+            both = means[[need, "a network on the bottleneck"]].dropna()
+            first = (both["a network on the bottleneck"] < both[need]).sum()
+            ahead[need] = f"“{need}” at {first} of {len(both)} numbers of evaluations"
+    firsts = means.idxmin(axis=1)
+    each = [
+        f"“{need}” at {', '.join(map(str, firsts.index[firsts == need]))}"
+        for need in means
+        if (firsts == need).any()
+    ]
+    parallel = runs[runs["need"] == "evaluations side by side"].drop_duplicates("nfe")
+    counts = [
+        f"{(run.num_steps - 1) * (1 + run.training.points) - run.afs} for {run.nfe}"
+        for run in parallel["run"]
+    ]
+    of_both = " and of ".join(ahead.values())
+    return {
+        "which_network": f"In its mean the third column is ahead of {of_both}.",
+        "which_first": f"In the mean the first of all is {'; '.join(each)} evaluations.",
+        "which_parallel": ", ".join(counts),
+    }
 
 
 def wide(planned: pd.DataFrame, metrics, **how) -> tuple[pd.DataFrame, list[str]]:

@@ -347,11 +347,11 @@ def test_what_is_stored_is_shown_and_the_rest_is_named(store):
     only = planned[planned["method"] == "iPNDM"]
     assert audit.missing(only, measured) == "none"
     (said,) = tables.gains_in_words(audit.our_gains(measured))
-    assert said.startswith("iPNDM at 5 evaluations: AFS lowers the distance by 3.00 ± ")
-    assert said.endswith(" (**undecided**, one training).") and "besides by −0.50 ± " in said
+    assert said.startswith("iPNDM at 5 evaluations: AFS changes the distance by −3.00 ± ")
+    assert "a learned step changes what AFS leaves by 0.50 ± " in said
+    assert said.endswith(" (one training).")
     shown = tables.gain_table(audit.our_gains(measured))
-    # One training: its noise is not known, and nothing is decided.
-    assert [text[0] for text in shown.loc["iPNDM", "NFE 5"]] == ["✓", "?"]
+    assert [text[:4] for text in shown.loc["iPNDM", "NFE 5"]] == ["3.00", "−0.5"]
 
 
 def test_an_empty_store_gives_no_gains(store, tmp_path):

@@ -424,16 +424,22 @@ def test_noise_is_read_from_the_store(tmp_path):
     assert row == pytest.approx(expected)
 
 
-def test_noise_is_borrowed_from_the_digits_only_where_no_training_was_repeated():
+def test_noise_is_borrowed_from_the_digits_where_trainings_cannot_check_one_another():
     of = {name: claims.stored_tables(name, "fd") for name in ("digits", "cifar10_small")}
     assert noise.training_noise(of["cifar10_small"].values()).empty
     own = claims.known_noise("digits", of["digits"], "fd")
     pd.testing.assert_frame_equal(
         claims.known_noise("cifar10_small", of["cifar10_small"], "fd"), own
     )
-    repeated = {"result": [result(seeded(LEARNED, i), v) for i, v in enumerate((4.0, 5.0, 6.0))]}
-    (row,) = claims.known_noise("cifar10_small", {"table2": repeated}, "fd").to_dict("records")
-    assert row["relative_sd"] == pytest.approx(0.2)
+
+    def trained(nfe):
+        what = replace(LEARNED, nfe=nfe)
+        return {"result": [result(seeded(what, i), v) for i, v in enumerate((4.0, 5.0, 6.0))]}
+
+    found = claims.known_noise("cifar10_small", {"table2": trained(5)}, "fd")
+    assert found["relative_sd"].iloc[0] == pytest.approx(0.2) and len(found) == 1 + len(own)
+    two = {"table2": trained(5), "table3": trained(7)}  # either says how good the other is
+    assert len(claims.known_noise("cifar10_small", two, "fd")) == 2
 
 
 def test_coverage_of_pooled_noise():

@@ -8,7 +8,8 @@ from amedlib.datasets.entries import describe
 from amedlib.datasets.files import ASSETS, DATA
 from amedlib.study import audit, claims, corruptions, plans, verdicts
 from amedlib.study.execute import measure
-from amedlib.study.published import DISTANCES, ROWS, across_nfe, nfe_name, row_names
+from amedlib.study.figures import value_in_words
+from amedlib.study.published import DISTANCES, ROWS, WORDS, across_nfe, nfe_name, row_names
 from amedlib.study.uncertainty import Estimate, against_baseline, estimates, with_interval
 
 
@@ -49,6 +50,8 @@ def cells_table(number: int, measured: pd.DataFrame, unit: str):
     """
     keys = [*ROWS[number], "nfe", "paper"]
     found = estimates(row_names(measured, number), by=keys).sort_values("nfe", kind="stable")
+    for name in ROWS[number]:
+        found[name] = [value_in_words(name, value) for value in found[name]]
     best = found.groupby("nfe")["value"].idxmin()
     ours = [with_interval(row.value, row.half) for row in found.itertuples()]
     theirs = found["paper"].map("{:.4g}".format)
@@ -280,15 +283,18 @@ def _outcome_in_words(row: dict) -> str:
     return ". ".join(filter(None, (text.rstrip(".") for text in told)))
 
 
+SAID = WORDS | {"l2": "L2", "digits_conditional": "digits with labels"}
+
+
 def crossed_table(found: pd.DataFrame, rows: list[str], columns: list[str]):
-    """Estimates with their 95 % intervals, crossed by columns of the frame."""
-    cells = [
-        with_interval(r.value, r.half) for r in found[["value", "half"]].itertuples(index=False)
-    ]
-    frame = found.assign(cell=cells).pivot_table(
+    """Estimates with their 95 % intervals, crossed by columns of the frame; in words."""
+    cells = [with_interval(*each) for each in found[["value", "half"]].to_numpy()]
+    named = {key: found[key].map(lambda value: SAID.get(value, value)) for key in rows + columns}
+    named |= {key: found[key].map(nfe_name) for key in columns if key == "nfe"}
+    frame = found.assign(cell=cells, **named).pivot_table(
         index=rows, columns=columns, values="cell", aggfunc="first", sort=False
     )
-    frame.index.names = [None] * len(rows)
+    frame.index.names, frame.columns.names = [None] * len(rows), [None] * len(columns)
     return frame.fillna("–").style
 
 
@@ -305,21 +311,16 @@ def recommended_table(found: pd.DataFrame):
     return frame.fillna("not run").style
 
 
-def marked(found: list[Estimate], better: str = "lower") -> list[str]:
+def marked(found: list[Estimate]) -> list[str]:
     """Differences with their 95 % half widths, and a mark each: ✓ better, ✗ worse, ? undecided.
 
     The marks are corrected for the number of differences by Holm's method, the intervals are not.
-
-    Args:
-        better: "lower" or "higher".
     """
-    sign = {"lower": 1, "higher": -1}[better]
     corrected = claims.holm([each.p_value for each in found])
     said = []
     for each, p_value in zip(found, corrected, strict=True):
-        low, high = each.interval
-        mark = MARKS[claims.verdict(sign * each.value, p_value)][0]
-        said.append(f"{mark} {with_interval(each.value, (high - low) / 2)}")
+        mark = MARKS[claims.verdict(each.value, p_value)][0]
+        said.append(f"{mark} {_with_half(each)}")
     return said
 
 
@@ -330,13 +331,11 @@ MARKED = (
 
 
 def gain_table(found: pd.DataFrame) -> pd.DataFrame:
-    """``audit.gains`` or ``our_gains``, ours ``marked``: rows solver and part, columns NFE."""
+    """``audit.gains`` or ``our_gains``, ours with intervals: rows solver and part, columns NFE."""
     parts = {"by_afs": "AFS", "by_step": "learned step"}
     words = {part: found[part].map(audit.as_printed) for part in parts}
     if "by_afs_found" in found:
-        both = [each for part in parts for each in found[f"{part}_found"]]
-        said = marked(both, better="higher")
-        words = {"by_afs": said[: len(found)], "by_step": said[len(found) :]}
+        words = {part: found[f"{part}_found"].map(_with_half) for part in parts}
     titles = found["dataset"].map(lambda name: describe(name).title)
     rows = found.assign(dataset=titles, **words)
     long = rows.melt(["dataset", "solver", "nfe"], list(parts), "part", "cell")
@@ -349,19 +348,21 @@ def gain_table(found: pd.DataFrame) -> pd.DataFrame:
 
 def gains_in_words(found: pd.DataFrame) -> list[str]:
     """What each part of ``audit.our_gains`` brings, a sentence per solver and NFE."""
-    parts = [*found["by_afs_found"], *found["by_step_found"]]
-    texts = marked(parts, better="higher")
-    words = {"✓": "**better**", "✗": "**worse**", "?": "**undecided**"}
     said = []
-    for row, afs, step in zip(
-        found.itertuples(), texts[: len(found)], texts[len(found) :], strict=True
-    ):
-        once = ", one training" if np.isnan(row.by_step_found.training_error) else ""
+    for row in found.itertuples():
+        once = " (one training)" if np.isnan(row.by_step_found.training_error) else ""
         said.append(
-            f"{row.solver} at {row.nfe} evaluations: AFS lowers the distance by {afs[2:]} "
-            f"({words[afs[0]]}), a learned step besides by {step[2:]} ({words[step[0]]}{once})."
+            f"{row.solver} at {row.nfe} evaluations: AFS changes the distance by "
+            f"{_with_half(row.by_afs_found, -1)}, and a learned step changes what AFS leaves by "
+            f"{_with_half(row.by_step_found, -1)}{once}."
         )
     return said
+
+
+def _with_half(found: Estimate, sign: int = 1) -> str:
+    """A difference with the half width of its 95 % interval; or its negative."""
+    low, high = found.interval
+    return with_interval(sign * found.value, (high - low) / 2)
 
 
 # What variants of ``plans.QUESTIONS`` are called on a page.
@@ -412,22 +413,15 @@ def variants_marked(frames: dict[str, pd.DataFrame], baselines: list[str]) -> di
 
 def variants_in_words(frames: dict[str, pd.DataFrame], baselines: list[str]) -> list[str]:
     """What ``variants_table`` says, a sentence per heading and baseline."""
-    words = {
-        "✓": "{} **better** than",
-        "✗": "{} **worse** than",
-        "?": "**cannot be told apart** from",
-    }
+    words = {"✓": "**better**", "✗": "**worse**", "?": "**cannot be told apart**"}
     groups: dict[tuple, dict[str, list[str]]] = {}
     for (heading, baseline, variant), text in variants_marked(frames, baselines).items():
         told = groups.setdefault((heading, baseline), {})
-        told.setdefault(words[text[0]], []).append(f"*{variant}*")
+        told.setdefault(words[text[0]], []).append(f"“{variant}”")
     said = []
     for (heading, baseline), told in groups.items():
-        each = [
-            f"{' and '.join(names)} {word.format('are' if len(names) > 1 else 'is')} *{baseline}*"
-            for word, names in told.items()
-        ]
-        said.append(f"{heading}: {'; '.join(each)}.")
+        each = [f"{word}: {', '.join(names)}" for word, names in told.items()]
+        said.append(f"{heading}, against “{baseline}”: {'; '.join(each)}.")
     return said
 
 

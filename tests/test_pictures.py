@@ -21,17 +21,18 @@ def test_a_strip_shows_every_pixel_sharp(channels):
     images = torch.rand(3, channels, 8, 8, generator=torch.manual_seed(0))
     found = pictures.strip(images, size=64)
     gap = 64 // 16
-    assert found.shape == (64, 3 * 64 + 2 * gap, 3)
+    assert found.shape == (64, 3 * 64 + 2 * gap, 4)
     for i, image in enumerate(images.expand(-1, 3, -1, -1)):
-        part = found[:, i * (64 + gap) :][:, :64]
+        part = found[:, i * (64 + gap) :][:, :64, :3]
         assert (part[4::8, 4::8] == image.permute(1, 2, 0).numpy()).all()
         assert (part == np.kron(part[::8, ::8], np.ones((8, 8, 1)))).all()
-    assert (found[:, 64 : 64 + gap] == 1).all()
+    seen = found[..., 3].all(0)
+    assert seen[:64].all() and not seen[64 : 64 + gap].any()  # a dark page shows between images
 
 
 def test_large_images_are_not_enlarged():
     images = torch.rand(2, 3, 100, 100, generator=torch.manual_seed(0))
-    assert (pictures.strip(images)[:, :100] == images[0].permute(1, 2, 0).numpy()).all()
+    assert (pictures.strip(images)[:, :100, :3] == images[0].permute(1, 2, 0).numpy()).all()
 
 
 def test_an_image_table():
@@ -108,9 +109,9 @@ def test_the_diagram_has_every_layer(name):
         (text,) = (t for t in texts if t.startswith(f"{layer_name}\n"))
         count = layer.weight.numel() + layer.bias.numel()
         assert f"{layer.in_features} → {layer.out_features}" in text
-        assert f"\n{count:,} parameters" in text
+        assert f"\n{count:,} weights" in text
     total = sum(p.numel() for p in predictor.parameters())
-    assert ax.get_title(loc="left") == f"{name}: {total:,} parameters"
+    assert ax.get_title(loc="left") == f"{name}: {total:,} weights"
     h, w = predictor.bottleneck_size
     assert f"channel mean\n{h} × {w}" in texts
     assert f"concatenation\n{predictor.fc_r.in_features} numbers" in texts
@@ -209,7 +210,50 @@ def test_the_rows_of_a_method_keep_its_look():
     assert markers == {"v", "X"}  # of DPM-Solver-2 and of the plugin
     said = figures.in_words(figure)
     assert said.startswith("ours: FD against evaluations per sample (NFE). the paper: FID against")
-    assert "DPM-Solver-2, r = 0.1" in said
+    assert "DPM-Solver-2, r = 0.1" in said and figures.RINGS not in said
+
+
+def test_rings_of_a_table_are_named_once_and_last():
+    planned = plans.table(7, nfes=[5, 7], seeds=[0, 1])
+    results = [
+        SimpleNamespace(run=run, value=2.0 + 9 * run.predictor["seed"], replicates=[2.0] * 10)
+        for run in planned["run"]
+    ]
+    figure = figures.cells_figure(7, planned.assign(result=results), "FD")
+    ours, _ = figure.axes
+    rings = [line for line in ours.lines if line.get_markerfacecolor() == "none"]
+    assert len(rings) == planned.groupby(["M", "nfe"]).size().eq(2).sum() > 0
+    assert all(list(line.get_ydata()) == [2.0, 11.0] for line in rings)
+    assert ours.get_ylim()[0] > 0.1  # no bar leaves the axis
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == [*(f"M = {m}" for m in range(1, 6)), figures.RINGS]
+
+
+def test_rows_are_told_to_who_does_not_see_them():
+    rows = [("AMED", "AMED-Plugin", 2.0, 1.0, 0.1), ("plain", "iPNDM", 3.0, 2.0, 0.1)]
+    found = pd.DataFrame(rows, columns=["variant", "method", "paper", "value", "half"])
+    said = figures.in_words(figures.at_one_nfe(found, ["ours", "paper"], ["FD", "FID"]))
+    assert said == "ours: FD. paper: FID. Rows from the top: AMED, plain."
+
+
+def test_no_distance_is_below_zero():
+    rows = [(2, 5, 4.0, 5.8, 3.0), (8, 5, 2.0, 0.3, 4.0)]
+    found = pd.DataFrame(rows, columns=["images", "nfe", "value", "half", "seconds"])
+    (ax,) = figures.few_figure(found, "FD").axes
+    lows = [path.vertices[:, 1].min() for each in ax.collections for path in each.get_paths()]
+    assert ax.get_ylim()[0] == 0 and min(lows) == 0
+    assert ax.get_xticks().tolist() == [2, 8]
+    assert [text.get_text() for text in ax.texts] == ["3 s", "4 s"]
+
+
+@pytest.mark.parametrize("values, least", [((2, 62), 3), ((0.5, 300), 2), ((5, 9), 2)])
+def test_a_logarithmic_axis_has_several_numbers(values, least):
+    rows = [("DDIM", nfe, value) for nfe, value in zip((3, 5), values, strict=True)]
+    frame = pd.DataFrame(rows, columns=["method", "nfe", "value"])
+    (ax,) = figures.against_nfe({"": frame}, ["FD"]).axes
+    low, high = ax.get_ylim()
+    assert sum(low <= tick <= high for tick in ax.get_yticks()) >= least
 
 
 def test_points_of_samplers_are_theirs():

@@ -1,5 +1,6 @@
 """The figures of the book."""
 
+import re
 from itertools import cycle
 from textwrap import fill
 
@@ -85,7 +86,9 @@ def _panels(n, height=3.0, columns=2, **options):
 
 def legend_below(figure: Figure, ax) -> None:
     """The legend of one panel, below all of them, for which the figure grows."""
-    handles, labels = ax.get_legend_handles_labels()
+    found = zip(*ax.get_legend_handles_labels(), strict=True)
+    found = {label: handle for handle, label in sorted(found, key=lambda each: each[1] == RINGS)}
+    labels, handles = list(found), list(found.values())
     columns = 3 if max(map(len, labels)) < 18 else 2 if max(map(len, labels)) < 32 else 1
     figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(labels) // columns))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
@@ -104,9 +107,9 @@ def _log_scale(axes):
     """A logarithmic y axis, called when everything is drawn; with labels within a decade too."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(
-        LogLocator(subs=(1.0,) if high > 30 * low else (1, 1.5, 2, 3, 5, 7))
-    )
+    several = np.floor(np.log10(high)) > np.ceil(np.log10(low))  # powers of ten
+    subs = (1, 1.5, 2, 3, 5, 7) if high < 30 * low else (1.0,) if several else (1, 2, 5)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
 
@@ -116,11 +119,24 @@ def reach_zero(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["half"] >= rows["value"]] if "half" in rows else rows[:0]
 
 
+RINGS = "trainings (interval reaches 0)"
+
+
+def _with_bars(ax, rows: pd.DataFrame, style: dict) -> None:
+    """A quality against NFE with its intervals; of one that reaches zero, which has no place on a
+    logarithmic axis, the trainings, a small ring each."""
+    rows = rows.sort_values("nfe")
+    beyond = reach_zero(rows)
+    bars = rows["half"].mask(rows.index.isin(beyond.index)) if "half" in rows else None
+    ax.errorbar(rows["nfe"], rows["value"], bars, capsize=2, **style)
+    ring = {"marker": "o", "markerfacecolor": "none", "markersize": 4, "linestyle": "none"}
+    ring |= {"color": style["color"], "label": RINGS, "zorder": 5}
+    for row in beyond.itertuples():
+        ax.plot([row.nfe] * len(row.trainings), row.trainings, **ring)
+
+
 def against_nfe(panels: dict[str, pd.DataFrame], ylabels, levels=None) -> Figure:
     """A panel per frame: a quality against NFE for every method, with 95 % intervals.
-
-    An interval that reaches zero has no place on a logarithmic axis: ``reach_zero`` says which;
-    there the trainings are drawn, a small ring each.
 
     Args:
         panels: title to frame with columns method, nfe, value and, where known, half, trainings.
@@ -130,13 +146,7 @@ def against_nfe(panels: dict[str, pd.DataFrame], ylabels, levels=None) -> Figure
     figure, axes = _panels(len(panels))
     for (title, frame), label, ax in zip(panels.items(), ylabels, axes, strict=True):
         for method, rows in frame.groupby("method", sort=False):
-            rows = rows.sort_values("nfe")
-            beyond = reach_zero(rows)
-            bars = rows["half"].mask(rows.index.isin(beyond.index)) if "half" in rows else None
-            ax.errorbar(rows["nfe"], rows["value"], bars, capsize=2, label=method, **look(method))
-            for row in beyond.itertuples():
-                rings = look(method) | {"marker": "o", "markerfacecolor": "none", "markersize": 4}
-                ax.plot([row.nfe] * len(row.trainings), row.trainings, linestyle="none", **rings)
+            _with_bars(ax, rows, look(method) | {"label": method})
         if levels and title in levels:
             label_of_level, level = levels[title]
             ax.axhline(level, color=GREY, linestyle=":", label=label_of_level)
@@ -181,10 +191,9 @@ def cells_figure(number: int, measured: pd.DataFrame, unit: str) -> Figure:
     for method, of_method in found.groupby("whose", sort=False):
         groups = list(of_method.groupby(ROWS[number], sort=False))
         for (names, rows), style in zip(groups, variants(method, len(groups)), strict=True):
-            rows = rows.sort_values("nfe")
             style |= {"label": _row_label(number, names)}
-            axes[0].errorbar(rows["nfe"], rows["value"], rows["half"], capsize=2, **style)
-            axes[1].plot(rows["nfe"], rows["paper"], **style)
+            _with_bars(axes[0], rows, style)
+            axes[1].plot("nfe", "paper", data=rows.sort_values("nfe"), **style)
     for ax, title, label in zip(axes, ("ours", "the paper"), (unit, "FID"), strict=True):
         _log_scale(ax)
         _axis_of_nfe(ax, found["nfe"].unique())
@@ -193,11 +202,16 @@ def cells_figure(number: int, measured: pd.DataFrame, unit: str) -> Figure:
     return figure
 
 
+def value_in_words(name: str, value: str) -> str:
+    """What tells a row of a table apart, with its name where it would be a bare number."""
+    words = {"r": "r = ", "M": "M = ", "guidance": "guidance "}
+    return value if value == "–" else words.get(name, "") + value
+
+
 def _row_label(number: int, names: tuple) -> str:
     """What a row of a table is called in a legend: ``M = 2``, ``DPM-Solver-2, r = 0.3``."""
-    each = zip(ROWS[number], names, strict=True)
-    told = [f"{name} = {value}" if name in ("r", "M") else value for name, value in each]
-    return ", ".join(text for text in told if not text.endswith("= –"))
+    told = [value_in_words(*each) for each in zip(ROWS[number], names, strict=True)]
+    return ", ".join(text for text in told if text != "–")
 
 
 def against_loss(found: pd.DataFrame, unit: str) -> Figure:
@@ -208,10 +222,8 @@ def against_loss(found: pd.DataFrame, unit: str) -> Figure:
     """
     figure, (ax,) = _panels(1, height=3.8)
     for (method, loss), rows in found.groupby(["method", "loss"], sort=False):
-        style = look(method) | {"linestyle": "--" if loss == "l2" else "-"}
-        ax.errorbar(
-            rows["nfe"], rows["value"], rows["half"], capsize=2, label=f"{method}, {loss}", **style
-        )
+        dashes = {"linestyle": "--" if loss == "l2" else "-", "label": f"{method}, {loss}"}
+        _with_bars(ax, rows, look(method) | dashes)
     _log_scale(ax)
     _axis_of_nfe(ax, found["nfe"].unique())
     ax.set(ylabel=unit)
@@ -231,11 +243,12 @@ def trajectory_pca_figure(curves: dict) -> Figure:
     left.invert_xaxis()
     left.set(xlabel="time t (noise level)", ylim=(0, None))
     left.set(ylabel="relative projection error (%)")
-    left.legend()
     share = 100 * np.array(curves["cumulative_variance"])
     right.plot(np.arange(1, len(share) + 1), share, "o-", color=BLUE)
     right.yaxis.get_major_formatter().set_useOffset(False)
+    right.xaxis.get_major_locator().set_params(integer=True)
     right.set(xlabel="principal components", ylabel="cumulative variance (%)")
+    legend_below(figure, left)
     return figure
 
 
@@ -398,13 +411,16 @@ def few_figure(found: pd.DataFrame, unit: str) -> Figure:
     """
     figure, axes = _panels(found["nfe"].nunique())
     for (nfe, rows), ax in zip(found.groupby("nfe"), axes, strict=True):
-        ax.errorbar(rows["images"], rows["value"], rows["half"], capsize=3, **look("all numbers"))
+        bars = np.minimum(rows["half"], rows["value"]), rows["half"]  # no distance is below zero
+        ax.errorbar(rows["images"], rows["value"], bars, capsize=3, **look("all numbers"))
         for row in rows.itertuples():
-            label = f"{row.seconds:.0f} s"
-            ax.annotate(label, (row.images, row.value), (0, 8), textcoords="offset points")
+            place, above = (row.images, row.value + row.half), {"textcoords": "offset points"}
+            ax.annotate(f"{row.seconds:.0f} s", place, (0, 3), ha="center", **above)
         ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_locator(FixedLocator(rows["images"]))
         ax.xaxis.set_major_formatter("{x:g}")
-        ax.set(title=f"{nfe} NFE", xlabel="trajectories", ylabel=unit)
+        ax.margins(0.1)
+        ax.set(title=f"{nfe} NFE", xlabel="trajectories", ylabel=unit, ylim=(0, None))
     return figure
 
 
@@ -452,21 +468,25 @@ def overhead_figure(sampling: pd.DataFrame, aim: float = 2.0) -> Figure:
 
 
 def in_words(figure: Figure) -> str:
-    """What a figure shows, for who does not see it: its panels, their axes, and what is drawn.
+    """What a figure shows, for who does not see it: panels, their axes, rows, and what is drawn.
 
     A figure that says so itself has it as its label.
     """
     if figure.get_label():
         return figure.get_label()
-    panels, drawn = [], []
+    panels, rows, drawn = [], [], []
     for ax in figure.axes:
         titles = ax.get_title() or ax.get_title("left")
         title, x, y = (" ".join(t.split()) for t in (titles, ax.get_xlabel(), ax.get_ylabel()))
         axes = " against ".join(filter(None, [y, x])) if ax.axison else ""
         panels.append(": ".join(filter(None, [title, axes])))
+        ticks = sorted(ax.get_yticklabels(), key=lambda tick: -tick.get_position()[1])
+        rows += [tick.get_text() for tick in ticks if re.match("[A-Za-z]", tick.get_text())]
         drawn += ax.get_legend_handles_labels()[1]
         drawn += ["images"] if ax.images else []
         drawn += [text.get_text() for text in ax.texts] if not ax.axison else []
-    text = ". ".join(dict.fromkeys(filter(None, panels)))
-    drawn = ", ".join(dict.fromkeys(" ".join(each.split()) for each in drawn))
-    return ". ".join(filter(None, [text, f"Drawn: {drawn}" if drawn else ""])) + "."
+    told = [". ".join(dict.fromkeys(filter(None, panels)))]
+    for name, words in (("Rows from the top", rows), ("Drawn", drawn)):
+        words = dict.fromkeys(filter(None, (" ".join(each.split()) for each in words)))
+        told += [f"{name}: {', '.join(words)}"] if words else []
+    return ". ".join(filter(None, told)) + "."

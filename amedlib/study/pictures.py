@@ -15,7 +15,7 @@ from amedlib.comparison import Comparison
 from amedlib.intermediate import Predictor
 from amedlib.sampling import sample
 from amedlib.study.execute import context_of, make_predictors, prepare
-from amedlib.study.figures import BLUE, WIDTH, legend_below, look
+from amedlib.study.figures import BLUE, GREY, WIDTH, legend_below, look
 from amedlib.study.run import Run
 from amedlib.study.store import RESULTS, predictor_path
 from amedlib.study.theory import Plane, Step
@@ -84,15 +84,15 @@ def draw_all(planned: pd.DataFrame, seeds: Sequence[int], **how) -> tuple[pd.Dat
 
 
 def strip(images: torch.Tensor, size: int = 64) -> np.ndarray:
-    """Images [B, C, H, W] side by side with white between them, [h, w, 3] in [0, 1].
+    """Images [B, C, H, W] side by side with nothing between them, [h, w, RGBA] in [0, 1].
 
     Small images are enlarged to about ``size`` pixels by whole factors, so that pixels stay sharp.
     """
     factor = max(1, size // images.shape[-1])
     images = images.expand(-1, 3, -1, -1).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     gap = max(2, images.shape[-1] // 16)
-    padded = torch.nn.functional.pad(images, (0, gap), value=1.0)
-    row = torch.cat(list(padded), dim=2)[..., :-gap]
+    opaque = torch.cat([images, torch.ones_like(images[:, :1])], dim=1)
+    row = torch.cat(list(torch.nn.functional.pad(opaque, (0, gap))), dim=2)[..., :-gap]
     return row.clamp(0, 1).permute(1, 2, 0).numpy()
 
 
@@ -198,7 +198,7 @@ def steps_in_plane(plane: Plane, curve: torch.Tensor, times, steps: dict[str, St
 
 # --- the network ---------------------------------------------------------------------------------
 
-INK, SHADES = "#222222", {"enc": "#CFE8F7", "map": "#D3EDE2", "fc": "#F7DDE9", "": "#F2F2F2"}
+EDGES = {"enc": BLUE, "map": "#009E73", "fc": "#CC79A7", "": GREY}
 
 
 def layers(predictor: Predictor) -> pd.DataFrame:
@@ -239,7 +239,7 @@ def architecture(predictors: dict[str, Predictor]) -> Figure:
     for (title, predictor), ax in zip(predictors.items(), axes, strict=True):
         _draw_network(ax, predictor)
         total = sum(p.numel() for p in predictor.parameters())
-        ax.set_title(f"{title}: {total:,} parameters", loc="left")
+        ax.set_title(f"{title}: {total:,} weights", loc="left")
     return figure
 
 
@@ -247,14 +247,15 @@ def _box(ax, place, text, kind=""):
     """A box at a place: how far down, and how far from the right."""
     down, left = place
     corner = (-left - 0.46, -down - 0.66)
-    ax.add_patch(FancyBboxPatch(corner, 0.92, 1.32, "round,pad=0.02", facecolor=SHADES[kind]))
-    ax.text(-left, -down, text, ha="center", va="center", color=INK)
+    edge = {"facecolor": "none", "edgecolor": EDGES[kind], "linewidth": 2 if kind else 1}
+    ax.add_patch(FancyBboxPatch(corner, 0.92, 1.32, "round,pad=0.02", **edge))
+    ax.text(-left, -down, text, ha="center", va="center")
 
 
 def _layer(ax, place, layer, then=""):
     """The box of a layer, a row of ``layers``."""
     size = f"{layer['inputs']} → {layer['outputs']}{then}"
-    text = f"{layer.name}\n{size}\n{layer['parameters']:,} parameters"
+    text = f"{layer.name}\n{size}\n{layer['parameters']:,} weights"
     if layer["calls"] > 1:
         text += f"\n(used {layer['calls']} times)"
     _box(ax, place, text, layer.name.split("_")[0])
@@ -271,7 +272,7 @@ def _draw_network(ax, predictor):
     found = layers(predictor)
     h, w = predictor.bottleneck_size
     x = [0, 1.7, 3.4, 5.1, 6.8, 8.5, 10.2]
-    _box(ax, (x[0], 3), f"bottleneck at tₙ₊₁\nchannels × {h} × {w}")
+    _box(ax, (x[0], 3), f"bottleneck at\ntₙ₊₁: C × {h} × {w}")
     _box(ax, (x[1], 3), f"channel mean\n{h} × {w}")
     _layer(ax, (x[2], 3), found.loc["enc_layer0"], ", SiLU")
     _layer(ax, (x[3], 3), found.loc["enc_layer1"])

@@ -280,20 +280,26 @@ def test_greed_moves_one_r_and_leaves_the_others():
     latents = make_latents(range(3), data.shape)
     fine = sample(data.denoiser, latents, run.refined(20), make_solver("heun"), trajectory=True)
     truth = fine.trajectory[::20]
+    how = run.training.teacher_solver()
+    fine = sample(data.denoiser, latents, run.training.teacher_times(), how, trajectory=True)
+    teacher = fine.trajectory[::3]
     for k, i in ((0, 1), (2, 0), (3, 1)):
         moved = [grid[i] if j == k else r for j, r in enumerate(table)]
         how = make_solver("ipndm"), True, TimeWise(moved)
         out = sample(data.denoiser, latents, times, *how, trajectory=True)
-        gaps = [distance(out.trajectory[n], truth[n]).square().mean().sqrt() for n in (k + 1, -1)]
-        assert found.after[k, i] == pytest.approx(gaps[0].item())
-        assert found.end[k, i] == pytest.approx(gaps[1].item())
+        each = [(found.taught, teacher, k + 1), (found.after, truth, k + 1), (found.end, truth, -1)]
+        for errors, goal, n in each:
+            gap = distance(out.trajectory[n], goal[n]).square().mean().sqrt()
+            assert errors[k, i] == pytest.approx(gap.item())
         torch.testing.assert_close(found.images[k][i], (data.to_images(out.x[:2]) + 1) / 2)
     # Its own r leaves the table as it is, in every step alike.
     assert found.end[2, 1] == found.end[3, 0]
-    learned = {"for the step": table, "for the endpoint": table[::-1]}
+    learned = {"for the step": table, "for the end": table[::-1]}
     curves, drawn = content_of(one_step.greed_piece(found, (0.5, 0.7), learned))["frames"]
     assert len(curves) == len(drawn) == 8
-    assert f"{found.end[2, 1]:.3g} at the end" in curves["0.70|3"]["says"]
+    gap = distance(teacher[3], truth[3]).square().mean().sqrt()
+    assert found.teacher[2] == pytest.approx(gap.item())
+    assert f"at the end {found.end[2, 1]:.3g} from" in curves["0.70|3"]["says"]
 
 
 @pytest.mark.parametrize("name", lesson.SHOWN.values())
@@ -354,6 +360,10 @@ def test_the_piece_of_a_step_has_every_choice(solved):
         assert len(frames) == len(GRID) * 5
         for frame in frames.values():
             assert len(frame["x"]) == len(frame["y"]) == len(view["data"])
+    marks = [looks["marker"]["symbol"] for looks in content["views"][0]["data"][1:4]]
+    assert marks == ["circle", "cross", "triangle-down"]
+    alt = content["frames"][0]["0.30|digits|2"]["alt"]
+    assert "a circle, Euler, no second look; a plus, Heun, r = 1; a triangle, DPM" in alt
     frame = content["frames"][1]["0.30|digits|2"]
     parts = found["digits"][1].errors["AMED-Solver"][1]
     assert f"{parts[0]:.3g} in the plane, {parts[1]:.3g} across it" in frame["says"]

@@ -49,7 +49,8 @@ def test_claims_are_counted():
 def test_one_claim_is_quoted_and_none_is_said():
     row = {"id": "x", "sentence": "A wins.", "universal": "", "verdict": "holds", "made": 1}
     assert (
-        openings.of_claims(pd.DataFrame([row])) == "The paper claims: A wins: **holds** (1 hold)."
+        openings.of_claims(pd.DataFrame([row]))
+        == "The paper's claim holds here (1 hold): “A wins”."
     )
     none = pd.DataFrame(columns=list(row))
     assert openings.of_claims(none) == "No claim of the paper can be tested here."
@@ -62,6 +63,7 @@ def test_the_extremes_of_a_column():
         "At 5 evaluations B has the lowest FD in the mean, 1.00 ± 0.20, and A the highest, "
         "2.00 ± 0.10."
     )
+    assert openings.extremes(found, 5, "FD", "all").startswith("Of all at 5 evaluations, B has")
     assert openings.nearest([3, 4, 6, 8]) == 4
 
 

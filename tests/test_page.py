@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from amedlib.study import claims, figures, openings, page, plans, tables
+from amedlib.study.published import row_names
 from amedlib.study.run import BLOCKS, Result, Run
 from amedlib.study.store import save_result
 from amedlib.study.uncertainty import Estimate, against_baseline
@@ -53,15 +54,20 @@ def test_an_endpoint_error_stands_without_an_fid():
     assert "paper" in with_fid and "paper" not in without
 
 
-def test_trainings_are_counted_by_nfe():
+def test_trainings_are_counted_and_exceptions_named():
     planned = plans.table2(names=["AMED-Solver", "iPNDM"], nfes=[3, 5], seeds=[0, 1])
     results = [SimpleNamespace(run=run) for run in planned["run"]]
-    assert page.trainings_in_words(planned.assign(result=results)) == "2 at NFE 3, 2 at NFE 5"
-    both = plans.table(9, nfes=[5], seeds=[0])  # two plugins at one NFE, one trained twice
-    results = [SimpleNamespace(run=run) for run in both[both["amed"]]["run"]]
-    again = replace(results[0].run, predictor=results[0].run.predictor | {"seed": 1})
-    measured = pd.DataFrame({"result": [*results, SimpleNamespace(run=again)]})
-    assert page.trainings_in_words(measured) == "1 or 2 at NFE 5"
+    assert page.trainings_in_words(planned.assign(result=results)) == "2"
+    both = plans.table(9, nfes=[5], seeds=[0])  # several plugins at one NFE, one trained twice
+    both = both[both["amed"]]
+    again = both.iloc[:1].copy()
+    run = again["run"].iloc[0]
+    again["run"] = [replace(run, predictor=run.predictor | {"seed": 1})]
+    measured = pd.concat([both, again])
+    measured = measured.assign(result=[SimpleNamespace(run=run) for run in measured["run"]])
+    name = openings.row_in_words(9, row_names(both, 9).iloc[0])
+    assert page.trainings_in_words(measured, 9) == f"1, but 2 of {name} at 5"
+    assert page.trainings_in_words(measured[:0], 9) == ""
 
 
 def test_marks_are_corrected_for_the_number_of_differences():
@@ -87,7 +93,8 @@ def test_differences_of_all_headings_are_corrected_together():
     alone = tables.variants_table({"x": frame(gain)}, ["a"]).to_html()
     three = tables.variants_table({n: frame(gain) for n in "xyz"}, ["a"]).to_html()
     assert alone.count("✗") == 1 and three.count("✗") == 0 and three.count("? ") == 3
-    assert tables.variants_in_words({"x": frame(gain)}, ["a"]) == ["x, against “a”: **worse**: “b”."]
+    (one,) = tables.variants_in_words({"x": frame(gain)}, ["a"])
+    assert one == "x, against “a”: **worse**: “b”."
     several = tables.variants_in_words({n: frame(gain) for n in "xyz"}, ["a"])
     assert several[1] == "y, against “a”: **cannot be told apart**: “b”."
 

@@ -11,7 +11,7 @@ from amedlib.datasets.entries import DATASETS, Entry, describe
 from amedlib.datasets.files import DATA
 from amedlib.study import plans
 from amedlib.study.facts import PER_CELL, TESTS
-from amedlib.study.noise import can_be_checked, pooled_noise, training_noise
+from amedlib.study.noise import can_be_checked, doubt, pooled_noise, training_noise
 from amedlib.study.published import paper_values, published
 from amedlib.study.run import Result
 from amedlib.study.sentences import gap, pairs
@@ -378,7 +378,7 @@ def _representative(found: pd.DataFrame) -> str:
     row = found[away.isna() | (away == away.min())].nlargest(1, "difference").iloc[0]
     half = (row["high"] - row["low"]) / 2
     at = f" at NFE {row['nfe']:.0f}" if pd.notna(row["nfe"]) else ""
-    mark = " †" if row["pooled"] else ""
+    mark = doubt(row)
     return f"{row['better']} − {row['worse']}{at}: {with_interval(row['difference'], half)}{mark}"
 
 

@@ -112,7 +112,7 @@ def noise_piece(found: dict[str, Trajectory]) -> HTML:
             )
     follows = [control.name for control in controls]
     looks = [style("", "#0072B2", width=3), style("", "#888888", width=1)]
-    layout = axes("noise level t", "of the guess's way to the image (%)", "x")
+    layout = axes("noise level t", "way still before the guess (%)", "x")
     return piece(controls, [View(follows, views), View(follows, curves, looks, layout)])
 
 

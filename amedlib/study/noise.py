@@ -114,3 +114,14 @@ def coverage(measured) -> tuple[int, int]:
         factor = widening(noise.drop(row))
         covered += [score <= 1 for score in _scores(noise, row, factor)]
     return sum(covered), len(covered)
+
+
+def doubt(row) -> str:
+    """Where the noise of training of a comparison is borrowed, †, or not known.
+
+    Without it nothing is decided, whatever the interval over samples.
+    """
+    if row.pooled:
+        return " †"
+    apart = row.uncorrected == "undecided" and (row.low > 0 or row.high < 0)
+    return " (one training, its noise is not known)" if apart else ""

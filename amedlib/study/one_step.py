@@ -152,9 +152,12 @@ def _plane_frame(found: Looks, grid: Sequence[float], i: int) -> Frame:
     )
     alt = (
         f"The plane of the solution during one step. A thick bent line is the solution; a star is "
-        f"where the step ends with r = {grid[i]:.2f}; circle, square and diamond are where Euler, "
-        "Heun and DPM-Solver-2 end."
+        f"where the step ends with r = {grid[i]:.2f}. Where others end:"
     )
+    for label, name in FIXED.items():
+        mark = style_of(name, label)["marker"]["symbol"]  # Plotly calls a plus a cross
+        alt += f" a {mark.split('-')[0].replace('cross', 'plus')}, {label};"
+    alt = f"{alt[:-1]}."
     return Frame(says, alt, lines=[tuple(each.T) for each in points], ranges=ranges)
 
 
@@ -184,14 +187,18 @@ class Greed(NamedTuple):
     """One r of a table moved, the others as they are; for every step and every r of a grid.
 
     Attributes:
-        after: distance to the solution after this step, root mean square over samples, [N-1, R].
-        end: the same at the end, [N-1, R].
+        taught: distance to the teacher after this step, root mean square over samples, [N-1, R].
+        after: the same to the solution.
+        end: the same to the solution, at the end.
         images: of the first samples, [N-1][R] to [B, C, H, W] in [0, 1].
+        teacher: distance of the teacher itself to the solution after every step, [N-1].
     """
 
+    taught: np.ndarray
     after: np.ndarray
     end: np.ndarray
     images: list[list[torch.Tensor]]
+    teacher: np.ndarray
 
 
 def greed(
@@ -202,20 +209,23 @@ def greed(
     data, times = load_dataset(run.dataset, device), run.times().to(device)
     latents, labels = make_latents(seeds, data.shape, device), data.labels and data.labels(seeds)
     truth = accurate_solution(data.denoiser, latents, times, run.refined(20), labels=labels)
-    errors, images = np.zeros((2, len(table), len(grid))), []
+    how = run.training.teacher_times(), run.training.teacher_solver(), labels
+    teacher = accurate_solution(data.denoiser, latents, times, *how)
+    errors, images = np.zeros((3, len(table), len(grid))), []
     for k in range(len(table)):
         images.append([])
         for i, r in enumerate(grid):
             moved = TimeWise([*table[:k], r, *table[k + 1 :]])
             how = run.make_solver(), run.afs, moved, labels
             x = sample(data.denoiser, latents, times, *how, trajectory=True).trajectory
-            errors[:, k, i] = rms_distance(x, truth)[[k + 1, -1]].cpu().numpy()
+            errors[0, k, i] = rms_distance(x, teacher)[k + 1]
+            errors[1:, k, i] = rms_distance(x, truth)[[k + 1, -1]].cpu().numpy()
             images[k].append(images_of(data, x[-1, :few]))
-    return Greed(*errors, images)
+    return Greed(*errors, images, rms_distance(teacher, truth)[1:].cpu().numpy())
 
 
 def greed_piece(found: Greed, grid: Sequence[float], learned: dict[str, Sequence[float]]) -> HTML:
-    """One r with a slider: how far the state is from the solution after its step and at the end.
+    """One r with a slider: how far its step ends from the teacher, and the path from the solution.
 
     Args:
         learned: the r of every step, by what they were trained for; of the first the others are.
@@ -228,23 +238,29 @@ def greed_piece(found: Greed, grid: Sequence[float], learned: dict[str, Sequence
     ]
     curves, drawn = {}, {}
     for k, step in enumerate(steps):
-        after, end = found.after[k], found.end[k]
-        high = max(after.max(), end.max()) * 1.05
+        taught, after, end = (errors[k] for errors in found[:3])
+        high = 1.05 * np.max([taught, after, end])
         marks = [([table[k]] * 2, [0, high]) for table in learned.values()]
         trained = "; ".join(f"trained {name}: {table[k]:.2f}" for name, table in learned.items())
         for i, place in enumerate(places):
-            says = f"r = {place}: {after[i]:.3g} from the solution after step {step}, {end[i]:.3g} "
-            says += f"at the end. {trained[0].upper()}{trained[1:]}."
-            alt = f"Two curves over r: the error after step {step}, and at the end. {says}"
-            lines = [(grid, after), (grid, end), *marks, ([grid[i]] * 2, [0, high])]
+            says = f"r = {place}: after step {step} {taught[i]:.3g} from the teacher and "
+            says += f"{after[i]:.3g} from the solution, at the end {end[i]:.3g} from the solution. "
+            says += f"{trained[0].upper()}{trained[1:]}."
+            alt = f"Three curves over r: two distances after step {step}, one at the end. {says}"
+            curve = [(grid, errors) for errors in (taught, after, end)]
+            lines = [*curve, *marks, ([grid[i]] * 2, [0, high])]
             curves[place, step] = Frame(says, alt, lines=lines, ranges=((0, 1), (0, high)))
             images = found.images[k][i]
             says = f"Samples with r = {place} in step {step}, the others as trained {first}."
             drawn[place, step] = Frame(says, f"{len(images)} images. {says}", mosaic(images, 4))
-    looks = [style("after this step", ORANGE, width=3), style("at the end", BLUE, width=3)]
+    looks = [
+        style("to the teacher, after this step", ORANGE, width=3),
+        style("to the solution, after this step", ORANGE, "dash"),
+        style("to the solution, at the end", BLUE, width=3),
+    ]
     colours = (ORANGE, BLUE)
     looks += [style(f"trained {n}", c, "dot") for n, c in zip(learned, colours, strict=True)]
     looks.append(style("", "#888888", width=1))
-    layout = axes("r", "error (norm of the state)")
+    layout = axes("r", "distance (norm of the state)")
     follows = ["r", "step"]
     return piece(controls, [View(follows, curves, looks, layout), View(follows, drawn)])

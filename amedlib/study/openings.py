@@ -10,6 +10,7 @@ from amedlib.study.run import Result
 from amedlib.study.uncertainty import estimates, with_interval
 
 AROUND = 5  # the number of evaluations that the paper is about
+OF_TABLE2 = "the samplers of Table 2"
 # What one claim, and what several claims do.
 COUNTED = {
     "holds": ("holds", "hold"),
@@ -50,14 +51,13 @@ def of_claims(judged: pd.DataFrame) -> str:
     Args:
         judged: of ``claims.judge``.
     """
-    told = verdicts.of_a_page(judged)
-    if len(told) == 1:  # or that there is none
-        return told[0] if judged.empty else f"The paper claims: {told[0]}"
-    words = [
-        claims.overall(some["verdict"], some["made"].iloc[0], (some["universal"] == "yes").any())
-        for _, some in judged.groupby("id", sort=False)
-    ]
-    return counted(pd.Series(words))
+    told = verdicts.each_claim(judged)
+    if not told:
+        return verdicts.of_a_page(judged)[0]
+    if len(told) == 1:
+        sentence, word, counts = told[0]
+        return f"The paper's claim {COUNTED[word][0]} here ({counts}): “{sentence}”."
+    return counted(pd.Series([word for _, word, _ in told]))
 
 
 def nearest(nfes) -> int:
@@ -65,24 +65,25 @@ def nearest(nfes) -> int:
     return min(sorted(nfes), key=lambda nfe: abs(nfe - AROUND))
 
 
-def extremes(found: pd.DataFrame, nfe: int, unit: str) -> str:
+def extremes(found: pd.DataFrame, nfe: int, unit: str, of: str = "") -> str:
     """The best and the worst row at one number of evaluations, in a sentence.
 
     Args:
         found: ``uncertainty.estimates``, with the rows' names in a column ``method``.
+        of: what the rows are, where a page has others too.
     """
     rows = found[found["nfe"] == nfe].set_index("method")
     low, high = rows["value"].idxmin(), rows["value"].idxmax()
     told = [with_interval(rows["value"][name], rows["half"][name]) for name in (low, high)]
     return (
-        f"At {nfe} evaluations {low} has the lowest {unit} in the mean, {told[0]}, and {high} the "
-        f"highest, {told[1]}."
+        f"{f'Of {of} at' if of else 'At'} {nfe} evaluations{',' if of else ''} {low} has the "
+        f"lowest {unit} in the mean, {told[0]}, and {high} the highest, {told[1]}."
     )
 
 
 def of_samplers(measured: pd.DataFrame, unit: str) -> str:
     """``extremes`` of a table of samplers, at the number of evaluations nearest to five."""
-    return extremes(estimates(measured), nearest(measured["nfe"]), unit)
+    return extremes(estimates(measured), nearest(measured["nfe"]), unit, OF_TABLE2)
 
 
 def of_images(dataset: str, nfe: int, results_dir) -> str:
@@ -90,11 +91,11 @@ def of_images(dataset: str, nfe: int, results_dir) -> str:
 
     Nothing is computed; where the store has nothing the sentence says so.
     """
-    planned = plans.table2(dataset, nfes=[nfe], seeds=[0])
+    planned = plans.table2(dataset, nfes=[nfe])
     measured = claims.stored(planned, results_dir).dropna(subset="result")
     if measured.empty:
         return f"No distance of these images is stored for {describe(dataset).title}."
-    return extremes(estimates(measured), nfe, describe(dataset).feature_distance_name)
+    return extremes(estimates(measured), nfe, describe(dataset).feature_distance_name, OF_TABLE2)
 
 
 def of_ablation(number: int, measured: pd.DataFrame, unit: str) -> str:
@@ -228,11 +229,11 @@ def of_objectives(measured: pd.DataFrame, unit: str) -> tuple[str, str]:
     values = estimates(measured, by=("variant", "nfe")).set_index(["variant", "nfe"])["value"]
     each = [f"{values[end, n]:.2f} instead of {values[step, n]:.2f} at {n}" for n in frames]
     marks = tables.variants_marked(frames, [step])
-    told = [f"{TOLD[marks[n, step, end][0]]} the other at {n}" for n in frames]
+    told = [f"{TOLD[marks[n, step, end][0]]} training for the step at {n}" for n in frames]
     return (
         f"Trained for the end of the trajectory and not for the next step, AMED-Plugin has {unit} "
         f"{listed(each)} evaluations.",
-        f"By paired differences it {listed(told)} evaluations.",
+        f"By paired differences, training for the end {listed(told)} evaluations.",
     )
 
 
@@ -290,7 +291,7 @@ def of_freedoms(worth: pd.DataFrame) -> tuple[str, str]:
     return (
         f"The largest gain comes from {', and from '.join(each)} evaluations.",
         f"At {nfe} that multiplies FD by {value:.2f} ({low:.2f} to {high:.2f}), in the mean over "
-        "the other freedoms.",
+        "all else that is learned or not.",
     )
 
 

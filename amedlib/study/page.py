@@ -116,34 +116,45 @@ def cells_caption(number: int, dataset: str, measured: pd.DataFrame) -> None:
     if first.metric == "endpoint_error":
         what = f"Endpoint error of {first.samples} samples (root mean square distance to the ODE's "
         what += "own solution)"
-    trained = trainings_in_words(measured)
-    once = any(1 in some for some in times_trained(measured).values())
-    one = " A cell with one training has an interval without the noise of training." * once
+    trained = trainings_in_words(measured, number)
+    one = " A cell with one training has an interval without the noise of training."
+    one *= trained.startswith("1") or " 1 of " in trained
     theirs = describe(published(f"table{number}")["dataset"].iloc[0]).title
     text = (
         f"Table {number} on {data.title}: {what}, lower is better, with 95 % intervals; best of "
         f"ours in bold. Trainings of learned steps: {trained or 'none'}.{one}"
     )
-    fid = f" Beside or below them the paper's FID on {theirs}."
+    place = "Below ours, small," if measured["nfe"].nunique() > 4 else "Beside ours"
+    fid = f" {place} the paper's FID on {theirs}."
     caption(text + fid * (first.metric != "endpoint_error"))
 
 
-def times_trained(measured: pd.DataFrame) -> dict[int, list[int]]:
-    """How often the learned steps of cells were trained, the numbers that occur, by NFE."""
-    cells: dict[tuple[int, str], set[int]] = {}
-    for what in (result.run for result in measured["result"] if result.run.predictor):
-        same = replace(what, predictor=what.predictor | {"seed": 0})
-        cells.setdefault((what.nfe, same.key), set()).add(what.predictor["seed"])
-    times = {nfe: set() for nfe, _ in sorted(cells)}
-    for (nfe, _), seeds in cells.items():
-        times[nfe].add(len(seeds))
-    return {nfe: sorted(some) for nfe, some in times.items()}
+def trainings_in_words(measured: pd.DataFrame, number: int | None = None) -> str:
+    """How often most learned cells were trained, and which were more or less often; or nothing.
 
-
-def trainings_in_words(measured: pd.DataFrame) -> str:
-    """``times_trained`` in words; empty where nothing was learned."""
-    times = times_trained(measured).items()
-    return ", ".join(f"{' or '.join(map(str, some))} at NFE {nfe}" for nfe, some in times)
+    Args:
+        number: of a table, whose rows then have its names, not those of methods alone.
+    """
+    seeds: dict[tuple[str, int, str], set[int]] = {}
+    named = measured if number is None else row_names(measured, number)
+    for _, row in named.iterrows():
+        what = row["result"].run
+        if what.predictor:
+            name = row["method"] if number is None else openings.row_in_words(number, row)
+            same = replace(what, predictor=what.predictor | {"seed": 0})
+            seeds.setdefault((name, what.nfe, same.key), set()).add(what.predictor["seed"])
+    counts = pd.Series([len(some) for some in seeds.values()])
+    if counts.empty:
+        return ""
+    most, others = counts.mode()[0], {}
+    for (name, nfe, _), count in zip(seeds, counts, strict=True):
+        if count != most:
+            others.setdefault(count, {}).setdefault(name, []).append(str(nfe))
+    each = [
+        f"{count} of {', '.join(f'{n} at {openings.listed(nfes)}' for n, nfes in names.items())}"
+        for count, names in others.items()
+    ]
+    return ", but ".join([str(most), *(["; ".join(each)] if each else [])])
 
 
 def measure_cells(

@@ -6,7 +6,7 @@ from IPython.display import HTML, Markdown
 
 from amedlib.datasets.entries import describe
 from amedlib.datasets.files import ASSETS, DATA
-from amedlib.study import audit, claims, corruptions, plans, verdicts
+from amedlib.study import audit, claims, corruptions, noise, plans, verdicts
 from amedlib.study.execute import measure
 from amedlib.study.figures import value_in_words
 from amedlib.study.published import DISTANCES, ROWS, WORDS, across_nfe, nfe_name, row_names
@@ -184,7 +184,7 @@ def _compared(row) -> str:
         return MARKS[row.verdict]
     alone = "" if row.uncorrected == row.verdict else f" (alone {MARKS[row.uncorrected][0]})"
     value = with_interval(row.difference, (row.high - row.low) / 2)
-    return f"{MARKS[row.verdict][0]}{alone}<br>{value}{' †' * row.pooled}"
+    return f"{MARKS[row.verdict][0]}{alone}<br>{value}{noise.doubt(row)}"
 
 
 KINDS = {

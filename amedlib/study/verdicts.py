@@ -131,11 +131,17 @@ def of_a_page(judged: pd.DataFrame) -> list[str]:
     Args:
         judged: of ``claims.judge``.
     """
-    said = []
+    said = [f"{sentence}: **{word}** ({counts})." for sentence, word, counts in each_claim(judged)]
+    return said or ["No claim of the paper can be tested here."]
+
+
+def each_claim(judged: pd.DataFrame) -> list[tuple[str, str, str]]:
+    """Sentence, verdict and counts of each claim; of ``claims.judge``."""
+    found = []
     for _, some in judged.groupby("id", sort=False):
         claim, verdicts = some.iloc[0], list(some["verdict"])
         each = [verdicts.count(word) for word in ("holds", "does not hold", "undecided")]
         word = overall(verdicts, claim["made"], claim["universal"] == "yes")
         counts = claim["note"] if word == "no power" else _counted(*each, claim["made"])
-        said.append(f"{claim['sentence'].rstrip('.')}: **{word}** ({counts.rstrip('.')}).")
-    return said or ["No claim of the paper can be tested here."]
+        found.append((claim["sentence"].rstrip("."), word, counts.rstrip(".")))
+    return found

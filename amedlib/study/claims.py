@@ -74,7 +74,7 @@ def known_noise(
     noise = training_noise(tables.values())
     if dataset != "digits" and not can_be_checked(noise):
         digits = training_noise(stored_tables("digits", metric, results_dir).values())
-        noise = pd.concat([each for each in (noise, digits) if len(each)], ignore_index=True)
+        noise = digits if noise.empty else pd.concat([noise, digits], ignore_index=True)
     return noise
 
 

@@ -215,3 +215,16 @@ def test_needs_are_told_by_the_table():
         "training” at 5 evaluations.",
         "which_parallel": "8 for 5",
     }
+
+
+def test_firsts_are_named_by_measure_and_what_is_below_the_limit():
+    rows = [("a", 5, 1.0, 0.3), ("b", 5, 2.0, 0.1)]
+    found = pd.DataFrame(rows, columns=["method", "nfe", "value", "half"])
+    frames = {"FD": found, "joint FD": found.assign(value=[3.0, 2.0]), "error": found}
+    assert standings.firsts_in_words(frames) == [
+        "At 5 evaluations the first is “a” by FD and error; “b” by joint FD."
+    ]
+    assert standings.below_limit(found, 0.9) == ""
+    said = "Below the limit of {}: a at 5; {} of them by more than their interval. "
+    assert standings.below_limit(found, 1.2) == said.format("1.20", 0)
+    assert standings.below_limit(found, 1.5) == said.format("1.50", 1)

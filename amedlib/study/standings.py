@@ -362,6 +362,38 @@ def needs_in_words(found: pd.DataFrame, runs: pd.DataFrame) -> dict[str, str]:
     }
 
 
+def below_limit(found: pd.DataFrame, limit: float) -> str:
+    """Which means lie below the limit of the model, and how many of them by more than their half.
+
+    Args:
+        found: of ``standings``.
+        limit: of the ODE all but solved.
+    """
+    under = found[found["value"] < limit]
+    if under.empty:
+        return ""
+    apart = (under["value"] + under["half"] < limit).sum()
+    which = ", ".join(f"{row.method} at {row.nfe}" for row in under.itertuples())
+    return f"Below the limit of {limit:.2f}: {which}; {apart} of them by more than their interval. "
+
+
+def firsts_in_words(frames: dict[str, pd.DataFrame]) -> list[str]:
+    """Which sampler has the lowest mean by each measure, a sentence per NFE.
+
+    Args:
+        frames: measure to ``standings`` by it.
+    """
+    said = []
+    for nfe in next(iter(frames.values()))["nfe"].unique():
+        firsts: dict[str, list[str]] = {}
+        for name, found in frames.items():
+            values = found[found["nfe"] == nfe].set_index("method")["value"]
+            firsts.setdefault(values.idxmin(), []).append(name)
+        each = [f"“{who}” by {' and '.join(by)}" for name, by in firsts.items()]
+        said.append(f"At {nfe} evaluations the first is {'; '.join(each)}.")
+    return said
+
+
 def wide(planned: pd.DataFrame, metrics, **how) -> tuple[pd.DataFrame, list[str]]:
     """Means over trainings by every metric, for ``interactive.leaderboard_plot``.
 

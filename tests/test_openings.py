@@ -113,3 +113,20 @@ def test_what_centring_changes_is_told_with_afs_and_without():
     first, second = openings.of_centring(found, "FD")
     assert "in 1 of 1 cells: 2.50 to 2.50 times" in first and "A at 3 evaluations" in first
     assert second == "Without AFS it is 1.00 to 1.00 times."
+
+
+def test_the_fewest_trajectories_that_do_are_named():
+    rows = [(2, 5, 9.0, 1.0, 1.0), (8, 5, 1.6, 0.2, 2.0), (64, 5, 1.5, 0.2, 9.0)]
+    found = pd.DataFrame(rows, columns=["images", "nfe", "value", "half", "seconds"])
+    assert openings.of_few(found) == [
+        "At 5 evaluations it reaches 1.60 ± 0.20 from 8 trajectories (2 s) and 1.50 ± 0.20 from "
+        "64 trajectories (9 s)."
+    ]
+
+
+def test_a_sampler_is_told_where_it_was_learned():
+    rows = [("A", "digits", 5, 2.0, 0.1), ("A", "letters", 5, 1.0, 0.1), ("B", "nothing", 3, 9, 1)]
+    found = pd.DataFrame(rows, columns=["method", "learned on", "nfe", "value", "half"])
+    assert openings.of_transfer(found, 5) == [
+        "*A* at 5 evaluations: 2.00 ± 0.10 learned on digits, 1.00 ± 0.10 learned on letters."
+    ]

@@ -234,7 +234,7 @@ def test_rows_are_told_to_who_does_not_see_them():
     rows = [("AMED", "AMED-Plugin", 2.0, 1.0, 0.1), ("plain", "iPNDM", 3.0, 2.0, 0.1)]
     found = pd.DataFrame(rows, columns=["variant", "method", "paper", "value", "half"])
     said = figures.in_words(figures.at_one_nfe(found, ["ours", "paper"], ["FD", "FID"]))
-    assert said == "ours: FD. paper: FID. Rows from the top: AMED, plain."
+    assert said == "ours: FD. paper: FID. Rows from the top: AMED; plain."
 
 
 def test_no_distance_is_below_zero():

@@ -488,5 +488,5 @@ def in_words(figure: Figure) -> str:
     told = [". ".join(dict.fromkeys(filter(None, panels)))]
     for name, words in (("Rows from the top", rows), ("Drawn", drawn)):
         words = dict.fromkeys(filter(None, (" ".join(each.split()) for each in words)))
-        told += [f"{name}: {', '.join(words)}"] if words else []
+        told += [f"{name}: {'; '.join(words)}"] if words else []
     return ". ".join(filter(None, told)) + "."

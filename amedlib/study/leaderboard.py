@@ -276,7 +276,7 @@ def ways_to_r(dataset: str = "digits", nfes=(5, 7), seeds=SEEDS) -> pd.DataFrame
 
 # Adam has one learning rate for all numbers; L-BFGS finds how far each may move. 80 updates each.
 OPTIMISERS = {"L-BFGS": {}} | {
-    f"Adam, {rate:g}": {"optimizer": "adam", "learning_rate": rate, "batch": 64, "passes": 80}
+    f"Adam at {rate:g}": {"optimizer": "adam", "learning_rate": rate, "batch": 64, "passes": 80}
     for rate in (0.02, 0.1, 0.4)
 }
 

@@ -315,3 +315,38 @@ def of_optimisers(values: pd.DataFrame, nfe: int) -> list[str]:
         ]
         said.append(f"*{method}* at {nfe} evaluations reaches {listed(each)}.")
     return said
+
+
+def of_few(values: pd.DataFrame) -> list[str]:
+    """How few trajectories reach what the most do, to within their interval; a sentence per NFE.
+
+    Args:
+        values: columns images, nfe, value, half, seconds.
+    """
+    said = []
+    for nfe, rows in values.sort_values("images").groupby("nfe"):
+        most = rows.iloc[-1]
+        first = rows[rows["value"] <= most["value"] + most["half"]].iloc[0]
+        told = [
+            f"{with_interval(row['value'], row['half'])} from {row['images']:.0f} trajectories "
+            f"({row['seconds']:.0f} s)"
+            for row in (first, most)
+        ]
+        said.append(f"At {nfe} evaluations it reaches {' and '.join(dict.fromkeys(told))}.")
+    return said
+
+
+def of_transfer(values: pd.DataFrame, nfe: int) -> list[str]:
+    """What samplers are worth where they were learned and elsewhere, a sentence per method.
+
+    Args:
+        values: estimates by method, learned on (data sets, or "nothing"), nfe.
+    """
+    said = []
+    for method, rows in values[values["nfe"] == nfe].groupby("method", sort=False):
+        each = [
+            f"{with_interval(row.value, row.half)} learned on {name}"
+            for row, name in zip(rows.itertuples(), rows["learned on"], strict=True)
+        ]
+        said.append(f"*{method}* at {nfe} evaluations: {', '.join(each)}.")
+    return said

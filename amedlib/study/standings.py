@@ -386,10 +386,10 @@ def firsts_in_words(frames: dict[str, pd.DataFrame]) -> list[str]:
     said = []
     for nfe in next(iter(frames.values()))["nfe"].unique():
         firsts: dict[str, list[str]] = {}
-        for name, found in frames.items():
+        for by, found in frames.items():
             values = found[found["nfe"] == nfe].set_index("method")["value"]
-            firsts.setdefault(values.idxmin(), []).append(name)
-        each = [f"“{who}” by {' and '.join(by)}" for name, by in firsts.items()]
+            firsts.setdefault(values.idxmin(), []).append(by)
+        each = [f"“{name}” by {' and '.join(by)}" for name, by in firsts.items()]
         said.append(f"At {nfe} evaluations the first is {'; '.join(each)}.")
     return said
 

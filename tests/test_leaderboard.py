@@ -211,7 +211,7 @@ def test_needs_are_told_by_the_table():
     assert said == {
         "which_network": "In its mean the third column is ahead of “no training” at 1 of 2 numbers "
         "of evaluations and of “a minute of training” at 1 of 2 numbers of evaluations.",
-        "which_first": "In the mean the first of all is “a minute of training” at 3; “no "
+        "which_first": "In the mean the first of all columns is “a minute of training” at 3; “no "
         "training” at 5 evaluations.",
         "which_parallel": "8 for 5",
     }

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from amedlib.study import openings
+from amedlib.study import openings, plans
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -130,3 +130,17 @@ def test_a_sampler_is_told_where_it_was_learned():
     assert openings.of_transfer(found, 5) == [
         "*A* at 5 evaluations: 2.00 ± 0.10 learned on digits, 1.00 ± 0.10 learned on letters."
     ]
+
+
+def test_guided_cells_are_compared_one_by_one():
+    columns = ["guidance", "nfe", "amed", "value"]
+    rows = [(8.0, 4, False, 2.0), (8.0, 4, True, 1.0), (2.0, 4, False, 1.0), (2.0, 4, True, 3.0)]
+    measured = pd.DataFrame(rows, columns=columns)
+    measured["result"] = [
+        SimpleNamespace(run=plans.table2(names=["iPNDM"], nfes=[5])["run"][0], value=v)
+        for v in measured["value"]
+    ]
+    for result in measured["result"]:
+        result.replicates = [result.value] * 10
+    said = "In the mean a learned step lowers FD in 1 of 2 cells."
+    assert openings.of_guided(measured, "FD") == said

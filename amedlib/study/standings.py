@@ -343,7 +343,7 @@ def needs_in_words(found: pd.DataFrame, runs: pd.DataFrame) -> dict[str, str]:
             both = means[[need, "a network on the bottleneck"]].dropna()
             first = (both["a network on the bottleneck"] < both[need]).sum()
             ahead[need] = f"“{need}” at {first} of {len(both)} numbers of evaluations"
-    firsts = means.idxmin(axis=1)
+    firsts = means.dropna().idxmin(axis=1)
     each = [
         f"“{need}” at {', '.join(map(str, firsts.index[firsts == need]))}"
         for need in means
@@ -357,7 +357,7 @@ def needs_in_words(found: pd.DataFrame, runs: pd.DataFrame) -> dict[str, str]:
     of_both = " and of ".join(ahead.values())
     return {
         "which_network": f"In its mean the third column is ahead of {of_both}.",
-        "which_first": f"In the mean the first of all is {'; '.join(each)} evaluations.",
+        "which_first": f"In the mean the first of all columns is {'; '.join(each)} evaluations.",
         "which_parallel": ", ".join(counts),
     }
 

@@ -209,8 +209,9 @@ def value_in_words(name: str, value: str) -> str:
 
 
 def _row_label(number: int, names: tuple) -> str:
-    """What a row of a table is called in a legend: ``M = 2``, ``DPM-Solver-2, r = 0.3``."""
-    told = [value_in_words(*each) for each in zip(ROWS[number], names, strict=True)]
+    """What a row of a table is called in a legend: ``DPM-Solver-2, r = 0.3``, ``DDIM, AFS``."""
+    each = zip(ROWS[number], names, strict=True)
+    told = [{"✓": name, "✗": "–"}.get(v, value_in_words(name, v)) for name, v in each]
     return ", ".join(text for text in told if text != "–")
 
 
@@ -222,7 +223,10 @@ def against_loss(found: pd.DataFrame, unit: str) -> Figure:
     """
     figure, (ax,) = _panels(1, height=3.8)
     for (method, loss), rows in found.groupby(["method", "loss"], sort=False):
-        dashes = {"linestyle": "--" if loss == "l2" else "-", "label": f"{method}, {loss}"}
+        dashes = {
+            "linestyle": "--" if loss == "l2" else "-",
+            "label": f"{method}, {loss.replace('l2', 'L2')}",
+        }
         _with_bars(ax, rows, look(method) | dashes)
     _log_scale(ax)
     _axis_of_nfe(ax, found["nfe"].unique())

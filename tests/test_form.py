@@ -3,13 +3,14 @@
 import importlib.util
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import browser
 import pandas as pd
 import pytest
 from test_lesson import needs_browser
 
-from amedlib.study import claims, tables
+from amedlib.study import claims, plans, tables
 
 BOOK = Path(__file__).parents[1] / "book"
 TOO_WIDE = """[...document.querySelectorAll("table")]
@@ -79,3 +80,20 @@ def test_the_ledger_filters_and_unfolds_without_a_script(tmp_path):
         opened.run(f"{first}.querySelector('summary').click()")
         assert opened.run(f"{first}.querySelector('p').checkVisibility()")
         assert not opened.run("document.body.scrollWidth > innerWidth")
+
+
+def test_a_crossed_table_uses_words_of_the_reader():
+    rows = [("iPNDM", "time_uniform", True, 3, 2.0, 0.1), ("iPNDM", "logsnr", False, 5, 1.0, 0.1)]
+    found = pd.DataFrame(rows, columns=["method", "schedule", "afs", "nfe", "value", "half"])
+    table = tables.crossed_table(found, ["method", "schedule"], ["nfe", "afs"]).data
+    assert table.index.tolist() == [("iPNDM", "uniform"), ("iPNDM", "logSNR")]
+    assert table.columns.tolist() == [("NFE 3", True), ("NFE 5", False)]
+    assert not any([*table.index.names, *table.columns.names])
+    assert table.to_numpy().tolist() == [["2.00 ± 0.10", "–"], ["–", "1.00 ± 0.10"]]
+
+
+def test_no_row_of_a_table_is_a_bare_number():
+    planned = plans.table(7, nfes=[5], seeds=[0])
+    results = [SimpleNamespace(run=run, value=2.0, replicates=[2.0] * 10) for run in planned["run"]]
+    rows = tables.cells_table(7, planned.assign(result=results), "FD").data.index
+    assert rows.tolist() == [f"M = {m}" for m in range(1, 6)]

@@ -66,7 +66,7 @@ def test_trainings_are_counted_and_exceptions_named():
     measured = pd.concat([both, again])
     measured = measured.assign(result=[SimpleNamespace(run=run) for run in measured["run"]])
     name = openings.row_in_words(9, row_names(both, 9).iloc[0])
-    assert page.trainings_in_words(measured, 9) == f"1, but 2 of {name} at 5"
+    assert page.trainings_in_words(measured, 9) == f"1, but 2 of “{name}” at 5"
     assert page.trainings_in_words(measured[:0], 9) == ""
 
 

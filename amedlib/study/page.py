@@ -151,7 +151,7 @@ def trainings_in_words(measured: pd.DataFrame, number: int | None = None) -> str
         if count != most:
             others.setdefault(count, {}).setdefault(name, []).append(str(nfe))
     each = [
-        f"{count} of {', '.join(f'{n} at {openings.listed(nfes)}' for n, nfes in names.items())}"
+        f"{count} of {'; '.join(f'“{n}” at {openings.listed(nfes)}' for n, nfes in names.items())}"
         for count, names in others.items()
     ]
     return ", but ".join([str(most), *(["; ".join(each)] if each else [])])

@@ -206,8 +206,8 @@ def still(view: View, frame: Frame) -> bytes:
         ends = [10**end for end in limits] if log else limits
         ax.set(**{f"{axis}label": about["title"]["text"], f"{axis}scale": about["type"]})
         ax.set(**{f"{axis}lim": ends})
-    if any(looks["name"] for looks in view.data):
-        figure.legend(loc="outside upper left", ncols=2)
+    if longest := max((len(looks["name"]) for looks in view.data), default=0):
+        figure.legend(loc="outside upper left", ncols=2 if longest < 25 else 1)
     file = io.BytesIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()

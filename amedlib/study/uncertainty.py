@@ -192,4 +192,5 @@ def with_interval(value: float, half: float) -> str:
     if not half > 0:
         return f"{value:.4g}".replace("-", "−")
     digits = max(0, 1 - int(np.floor(np.log10(half))))
+    value = round(value, digits) + 0.0  # no minus before a zero
     return f"{value:.{digits}f} ± {half:.{digits}f}".replace("-", "−")

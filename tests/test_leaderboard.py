@@ -228,3 +228,17 @@ def test_firsts_are_named_by_measure_and_what_is_below_the_limit():
     said = "Below the limit of {}: a at 5; {} of them by more than their interval. "
     assert standings.below_limit(found, 1.2) == said.format("1.20", 0)
     assert standings.below_limit(found, 1.5) == said.format("1.50", 1)
+
+
+def test_what_was_not_run_is_said_once_for_all_samplers_that_lack_it():
+    def plan(*cells):
+        rows = [(name, "polynomial", True, nfe) for name, nfe in cells]
+        return pd.DataFrame(rows, columns=standings.CELL)
+
+    whole = plan(("a", 3), ("b", 3), ("a", 5), ("b", 5), ("a", 7), ("b", 7))
+    assert standings.not_run(whole, whole) == ""
+    said = "Not run: at {}. `-p compute True` runs it."
+    left = plan(("a", 3), ("b", 3), ("a", 5), ("b", 5))
+    assert standings.not_run(whole, left) == said.format("7 evaluations all 2")
+    left = plan(("a", 3), ("b", 3), ("b", 5), ("a", 7), ("b", 7))
+    assert standings.not_run(whole, left) == said.format("5 evaluations a")

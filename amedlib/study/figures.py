@@ -442,7 +442,8 @@ def agreement_figure(found: pd.DataFrame, unit: str) -> Figure:
             some = rows[rows["learned"] == learned]
             ax.plot(some["endpoint"], some["fd"], marker, color=color, alpha=0.7, label=label)
         ax.set(title=f"{nfe} NFE", xlabel="endpoint error", ylabel=unit, xscale="log")
-        ax.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+        wide = np.ptp(np.log10(rows["endpoint"])) > 2  # then 2 and 5 have no room
+        ax.xaxis.set_major_locator(LogLocator(10, subs=(1,) if wide else (1, 2, 5)))
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_formatter(NullFormatter())
         _log_scale(ax)

@@ -107,11 +107,15 @@ def not_run(planned: pd.DataFrame, left: pd.DataFrame) -> str:
     """A sentence on what ``kept`` left out; empty where that is nothing."""
     missing = planned.merge(left[CELL].drop_duplicates(), how="left", indicator=True)
     missing = missing[missing["_merge"] == "left_only"].drop_duplicates(CELL)
-    names = [
-        f"{name} at {' and '.join(map(str, rows['nfe'].unique()))}"
-        for name, rows in missing.groupby("method", sort=False)
+    names: dict[str, list[str]] = {}
+    for name, rows in missing.groupby("method", sort=False):
+        names.setdefault(" and ".join(map(str, rows["nfe"].unique())), []).append(name)
+    every = planned["method"].nunique()
+    each = [
+        f"at {nfes} evaluations {', '.join(some) if len(some) < every else f'all {every}'}"
+        for nfes, some in names.items()
     ]
-    return f"Not run: {', '.join(names)}. `-p compute True` runs it." if names else ""
+    return f"Not run: {'; '.join(each)}. `-p compute True` runs it." if names else ""
 
 
 def best(planned: pd.DataFrame, choice: pd.DataFrame, metric: str = "fd", **how) -> pd.DataFrame:

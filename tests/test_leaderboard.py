@@ -242,3 +242,19 @@ def test_what_was_not_run_is_said_once_for_all_samplers_that_lack_it():
     assert standings.not_run(whole, left) == said.format("7 evaluations all 2")
     left = plan(("a", 3), ("b", 3), ("b", 5), ("a", 7), ("b", 7))
     assert standings.not_run(whole, left) == said.format("5 evaluations a")
+
+
+def test_a_need_has_no_best_where_some_of_its_samplers_were_not_run(monkeypatch):
+    monkeypatch.setattr(
+        standings,
+        "measure",
+        lambda planned: planned.assign(result=[result(1.0 + i) for i in range(len(planned))]),
+    )
+    names = NEEDS["evaluations side by side"]
+    learned = leaderboard.learned(names=names, nfes=[5, 7], seeds=[0])
+    some = learned[~((learned["nfe"] == 7) & (learned["method"] == names[0]))]
+    untrained = leaderboard.untrained(nfes=[5, 7])
+    plans = standings.Plans(untrained, some, untrained, learned, "")
+    found = standings.candidates(plans)
+    assert found.loc[found["need"] == "evaluations side by side", "nfe"].tolist() == [5]
+    assert found.loc[found["need"] == "no training", "nfe"].tolist() == [5, 7]

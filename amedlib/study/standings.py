@@ -137,11 +137,16 @@ def best(planned: pd.DataFrame, choice: pd.DataFrame, metric: str = "fd", **how)
 
 
 def candidates(plans: Plans, **how) -> pd.DataFrame:
-    """The best sampler for each of ``leaderboard.NEEDS``; columns need, nfe, who, result."""
+    """The best sampler for each of ``leaderboard.NEEDS``; columns need, nfe, who, result.
+
+    There is none at an NFE where only some of a need's samplers were run.
+    """
     found = []
     for need, names in leaderboard.NEEDS.items():
         if names:
             of_need = plans.learned[plans.learned["method"].str.removesuffix(ON_BEST).isin(names)]
+            run = of_need[of_need["method"].isin(names)].groupby("nfe")["method"].nunique()
+            of_need = of_need[of_need["nfe"].map(run) == len(names)]
             if of_need.merge(plans.choice_of_learned[CELL]).empty:
                 continue  # there is nothing to choose by
             each = best(of_need, plans.choice_of_learned, **how)

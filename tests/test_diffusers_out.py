@@ -291,7 +291,7 @@ def test_sigmas_in_k_diffusion(pipeline):
 def test_sigmas_in_comfyui(pipeline):
     trained = Trained(amedlib.from_diffusers(pipeline))
     given = {"trained": trained, "torch": torch}
-    exec(lines("ComfyUI"), given)
+    exec(lines("ManualSigmas"), given)
     sigmas, text = given["sigmas"], given["text"]
     assert sigmas.dtype == torch.float32 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
     torch.testing.assert_close(sigmas[:-1].double(), torch.tensor(trained.values).double())

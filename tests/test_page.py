@@ -57,7 +57,7 @@ def test_an_endpoint_error_stands_without_an_fid():
 def test_trainings_are_counted_and_exceptions_named():
     planned = plans.table2(names=["AMED-Solver", "iPNDM"], nfes=[3, 5], seeds=[0, 1])
     results = [SimpleNamespace(run=run) for run in planned["run"]]
-    assert page.trainings_in_words(planned.assign(result=results)) == "2"
+    assert page.trainings_in_words(page.times_trained(planned.assign(result=results))) == "2"
     both = plans.table(9, nfes=[5], seeds=[0])  # several plugins at one NFE, one trained twice
     both = both[both["amed"]]
     again = both.iloc[:1].copy()
@@ -66,8 +66,8 @@ def test_trainings_are_counted_and_exceptions_named():
     measured = pd.concat([both, again])
     measured = measured.assign(result=[SimpleNamespace(run=run) for run in measured["run"]])
     name = openings.row_in_words(9, row_names(both, 9).iloc[0])
-    assert page.trainings_in_words(measured, 9) == f"1, but 2 of “{name}” at 5"
-    assert page.trainings_in_words(measured[:0], 9) == ""
+    assert page.trainings_in_words(page.times_trained(measured, 9)) == f"1, but 2 of “{name}” at 5"
+    assert page.trainings_in_words(page.times_trained(measured[:0], 9)) == ""
 
 
 def test_marks_are_corrected_for_the_number_of_differences():

@@ -116,7 +116,7 @@ def on_gpu(processes: int = 4, results_dir=RESULTS) -> pd.DataFrame:
     """What the small model of CIFAR-10 took of a card: its training, and its stored Table 2.
 
     Args:
-        processes: how many shared the card, each with its own clock.
+        processes: how many shared the card, each with its own clock; in the stored runs four.
 
     Returns:
         Rows: what was done; columns evaluations (of the training of the network: images), seconds

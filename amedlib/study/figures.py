@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 
 from amedlib.study.corruptions import CORRUPTIONS, NOISE
-from amedlib.study.published import DISTANCES, ROWS, nfe_name, row_names
+from amedlib.study.published import DISTANCES, ROWS, called, nfe_name, row_names, value_in_words
 from amedlib.study.standings import WORDS
 from amedlib.study.uncertainty import estimates
 
@@ -202,12 +202,6 @@ def cells_figure(number: int, measured: pd.DataFrame, unit: str) -> Figure:
     return figure
 
 
-def value_in_words(name: str, value: str) -> str:
-    """What tells a row of a table apart, with its name where it would be a bare number."""
-    words = {"r": "r = ", "M": "M = ", "guidance": "guidance "}
-    return value if value == "–" else words.get(name, "") + value
-
-
 def _row_label(number: int, names: tuple) -> str:
     """What a row of a table is called in a legend: ``DPM-Solver-2, r = 0.3``, ``DDIM, AFS``."""
     each = zip(ROWS[number], names, strict=True)
@@ -225,7 +219,7 @@ def against_loss(found: pd.DataFrame, unit: str) -> Figure:
     for (method, loss), rows in found.groupby(["method", "loss"], sort=False):
         dashes = {
             "linestyle": "--" if loss == "l2" else "-",
-            "label": f"{method}, {loss.replace('l2', 'L2')}",
+            "label": f"{method}, {called(loss)}",
         }
         _with_bars(ax, rows, look(method) | dashes)
     _log_scale(ax)

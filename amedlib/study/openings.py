@@ -5,8 +5,9 @@ from IPython.display import Markdown, display
 
 from amedlib.datasets.entries import describe
 from amedlib.study import claims, corruptions, plans, standings, tables, verdicts
-from amedlib.study.published import ROWS, row_names
+from amedlib.study.published import ROWS, row_names, value_in_words
 from amedlib.study.run import Result
+from amedlib.study.sentences import listed
 from amedlib.study.uncertainty import estimates, with_interval
 
 AROUND = 5  # the number of evaluations that the paper is about
@@ -26,12 +27,6 @@ COUNTED = {
 def show(first: str, second: str = "") -> None:
     """Show what a page found, above everything else: the first sentence in bold."""
     display(Markdown(f"**{first.replace('**', '')}** {second}".strip()))
-
-
-def listed(words: list[str]) -> str:
-    """``a, b and c``."""
-    *rest, last = words
-    return f"{', '.join(rest)} and {last}" if rest else last
 
 
 def counted(words: pd.Series, what: str = "claims tested on this page") -> str:
@@ -75,9 +70,10 @@ def extremes(found: pd.DataFrame, nfe: int, unit: str, of: str = "") -> str:
     rows = found[found["nfe"] == nfe].set_index("method")
     low, high = rows["value"].idxmin(), rows["value"].idxmax()
     told = [with_interval(rows["value"][name], rows["half"][name]) for name in (low, high)]
+    where = f"Of {of} at {nfe} evaluations," if of else f"At {nfe} evaluations"
     return (
-        f"{f'Of {of} at' if of else 'At'} {nfe} evaluations{',' if of else ''} {low} has the "
-        f"lowest {unit} in the mean, {told[0]}, and {high} the highest, {told[1]}."
+        f"{where} {low} has the lowest {unit} in the mean, {told[0]}, and {high} the highest, "
+        f"{told[1]}."
     )
 
 
@@ -111,10 +107,10 @@ def of_ablation(number: int, measured: pd.DataFrame, unit: str) -> str:
 
 def row_in_words(number: int, row: pd.Series) -> str:
     """What a row of a table is called: ``M = 2``, ``DPM-Solver-2, r = 0.3``, ``DDIM with AFS``."""
-    named = [f"{name} = {row[name]}" if name in ("r", "M") else row[name] for name in ROWS[number]]
+    named = [value_in_words(name, row[name]) for name in ROWS[number]]
     words = {"AFS": "AFS", "AMED": "a learned step"}
     marks = [words[name] for name in ROWS[number] if name in words and row[name] == "✓"]
-    plain = [each for each in named if each not in ("✓", "✗") and not each.endswith("= –")]
+    plain = [each for each in named if each not in ("✓", "✗", "–")]
     if number == 5:  # schedule and method
         plain = [" on ".join(reversed(plain)) + " times"]
     text = f"the teacher {plain[0]}" if number == 4 else ", ".join(plain)

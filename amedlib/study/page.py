@@ -23,8 +23,9 @@ from amedlib.datasets.entries import Entry, describe
 from amedlib.study import claims, figures, openings, plans, tables, verdicts
 from amedlib.study.execute import measure, run
 from amedlib.study.parameters import check
-from amedlib.study.published import ROWS, across_nfe, published, row_names, schedule_name
+from amedlib.study.published import ROWS, across_nfe, called, published, row_names
 from amedlib.study.run import Result, Run
+from amedlib.study.sentences import listed
 from amedlib.study.store import load_result
 from amedlib.study.uncertainty import (
     Estimate,
@@ -116,9 +117,10 @@ def cells_caption(number: int, dataset: str, measured: pd.DataFrame) -> None:
     if first.metric == "endpoint_error":
         what = f"Endpoint error of {first.samples} samples (root mean square distance to the ODE's "
         what += "own solution)"
-    trained = trainings_in_words(measured, number)
+    times = times_trained(measured, number)
+    trained = trainings_in_words(times)
     one = " A cell with one training has an interval without the noise of training."
-    one *= trained.startswith("1") or " 1 of " in trained
+    one *= bool((times == 1).any())
     theirs = describe(published(f"table{number}")["dataset"].iloc[0]).title
     text = (
         f"Table {number} on {data.title}: {what}, lower is better, with 95 % intervals; best of "
@@ -129,8 +131,8 @@ def cells_caption(number: int, dataset: str, measured: pd.DataFrame) -> None:
     caption(text + fid * (first.metric != "endpoint_error"))
 
 
-def trainings_in_words(measured: pd.DataFrame, number: int | None = None) -> str:
-    """How often most learned cells were trained, and which were more or less often; or nothing.
+def times_trained(measured: pd.DataFrame, number: int | None = None) -> pd.Series:
+    """How often the learned steps of every cell were trained, by name and NFE.
 
     Args:
         number: of a table, whose rows then have its names, not those of methods alone.
@@ -143,18 +145,27 @@ def trainings_in_words(measured: pd.DataFrame, number: int | None = None) -> str
             name = row["method"] if number is None else openings.row_in_words(number, row)
             same = replace(what, predictor=what.predictor | {"seed": 0})
             seeds.setdefault((name, what.nfe, same.key), set()).add(what.predictor["seed"])
-    counts = pd.Series([len(some) for some in seeds.values()])
-    if counts.empty:
+    cells = pd.MultiIndex.from_tuples([key[:2] for key in seeds], names=["name", "nfe"])
+    return pd.Series(map(len, seeds.values()), cells, dtype=int)
+
+
+def trainings_in_words(times: pd.Series) -> str:
+    """How often most cells were trained, and which were more or less often; or nothing.
+
+    Args:
+        times: of ``times_trained``.
+    """
+    if times.empty:
         return ""
-    most, others = counts.mode()[0], {}
-    for (name, nfe, _), count in zip(seeds, counts, strict=True):
-        if count != most:
-            others.setdefault(count, {}).setdefault(name, []).append(str(nfe))
-    each = [
-        f"{count} of {'; '.join(f'“{n}” at {openings.listed(nfes)}' for n, nfes in names.items())}"
-        for count, names in others.items()
-    ]
-    return ", but ".join([str(most), *(["; ".join(each)] if each else [])])
+    most = times.mode()[0]
+    said = [str(most)]
+    for count, cells in times[times != most].reset_index(name="times").groupby("times"):
+        each = [
+            f"“{name}” at {listed(rows['nfe'].astype(str).tolist())}"
+            for name, rows in cells.groupby("name", sort=False)
+        ]
+        said.append(f"but {count} of {'; '.join(each)}")
+    return ", ".join(said)
 
 
 def measure_cells(
@@ -423,7 +434,7 @@ def single_steps_in_words(frames: dict[str, pd.DataFrame]) -> list[str]:
         means = estimates(frame[frame["method"].isin(single)])
         first = means.loc[means.groupby("nfe")["value"].idxmin()]
         each = [f"{row.method} at NFE {row.nfe}" for row in first.itertuples()]
-        name = schedule_name(schedule)
+        name = called(schedule)
         said.append(f"Best of the single-step solvers on the {name} schedule: {', '.join(each)}.")
     return said
 
@@ -466,7 +477,7 @@ def search_in_words(curves: dict[str, dict]) -> str:
     worse = [f"{name} ({a:.3f} to {b:.3f})" for name, (a, b) in ends.items() if b > a]
     better = [name for name, (a, b) in ends.items() if b <= a]
     text = "Searched for one step after the other, r brings the end of the trajectory nearer for "
-    text += openings.listed(better) if better else "no solver"
+    text += listed(better) if better else "no solver"
     if worse:
-        text += f", and takes it farther away for {openings.listed(worse)}"
+        text += f", and takes it farther away for {listed(worse)}"
     return f"{text}."

@@ -56,12 +56,20 @@ WORDS = {
     "sample_wise": "AMED-Solver (sample-wise)",
     "time_uniform": "uniform",
     "logsnr": "logSNR",
+    "l2": "L2",
+    "digits_conditional": "digits with labels",
 }
 
 
-def schedule_name(schedule: str) -> str:
-    """What a schedule is called in the book."""
-    return WORDS.get(schedule, schedule)
+def called(value):
+    """What a value of a plan is called in the book: a schedule, a strategy, a loss, a data set."""
+    return WORDS.get(value, value)
+
+
+def value_in_words(name: str, value: str) -> str:
+    """What tells a row of a table apart, with its name where it would be a bare number."""
+    words = {"r": "r = ", "M": "M = ", "guidance": "guidance "}
+    return value if value == "–" else words.get(name, "") + value
 
 
 def row_names(frame, number):

@@ -1,10 +1,17 @@
-"""Sentences that compare cells of a table: which cells, with which others, and by how much.
+"""Sentences: what is listed in them, and those that compare cells of a table, which with which
+others and by how much.
 
-The language of ``data/paper/claims.csv`` and ``data/paper/statements.csv``.
+The latter are the language of ``data/paper/claims.csv`` and ``data/paper/statements.csv``.
 """
 
 import numpy as np
 import pandas as pd
+
+
+def listed(words: list[str]) -> str:
+    """``a, b and c``."""
+    *rest, last = words
+    return f"{', '.join(rest)} and {last}" if rest else last
 
 
 def pairs(cells: pd.DataFrame, sentence: dict) -> list[tuple[dict, dict | None]]:

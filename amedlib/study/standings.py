@@ -13,9 +13,10 @@ from amedlib.files import load_tensors
 from amedlib.study import claims, leaderboard
 from amedlib.study.execute import measure
 from amedlib.study.forecast import training_evaluations
-from amedlib.study.published import DISTANCES, schedule_name
+from amedlib.study.published import DISTANCES, called
 from amedlib.study.rows import SEEDS
 from amedlib.study.run import Result
+from amedlib.study.sentences import listed
 from amedlib.study.store import RESULTS, load_result, predictor_path
 from amedlib.study.uncertainty import difference, estimates, with_interval
 from amedlib.trained import below
@@ -109,7 +110,7 @@ def not_run(planned: pd.DataFrame, left: pd.DataFrame) -> str:
     missing = missing[missing["_merge"] == "left_only"].drop_duplicates(CELL)
     names: dict[str, list[str]] = {}
     for name, rows in missing.groupby("method", sort=False):
-        names.setdefault(" and ".join(map(str, rows["nfe"].unique())), []).append(name)
+        names.setdefault(listed(rows["nfe"].unique().astype(str).tolist()), []).append(name)
     every = planned["method"].nunique()
     each = [
         f"at {nfes} evaluations {', '.join(some) if len(some) < every else f'all {every}'}"
@@ -192,7 +193,7 @@ def use_it(plugin: list[Result], others: pd.DataFrame) -> tuple[str, str]:
 
 def label(row) -> str:
     """An untrained sampler in words: its solver, schedule and whether AFS is on."""
-    return f"{row['method']}, {schedule_name(row['schedule'])}{', AFS' if row['afs'] else ''}"
+    return f"{row['method']}, {called(row['schedule'])}{', AFS' if row['afs'] else ''}"
 
 
 def standings(plans: Plans, metric: str = "fd", **how) -> pd.DataFrame:
@@ -354,7 +355,7 @@ def needs_in_words(found: pd.DataFrame, runs: pd.DataFrame) -> dict[str, str]:
             ahead[need] = f"“{need}” at {first} of {len(both)} numbers of evaluations"
     firsts = means.dropna().idxmin(axis=1)
     each = [
-        f"“{need}” at {', '.join(map(str, firsts.index[firsts == need]))}"
+        f"“{need}” at {listed(firsts.index[firsts == need].astype(str).tolist())}"
         for need in means
         if (firsts == need).any()
     ]
@@ -398,7 +399,7 @@ def firsts_in_words(frames: dict[str, pd.DataFrame]) -> list[str]:
         for by, found in frames.items():
             values = found[found["nfe"] == nfe].set_index("method")["value"]
             firsts.setdefault(values.idxmin(), []).append(by)
-        each = [f"“{name}” by {' and '.join(by)}" for name, by in firsts.items()]
+        each = [f"“{name}” by {listed(by)}" for name, by in firsts.items()]
         said.append(f"At {nfe} evaluations the first is {'; '.join(each)}.")
     return said
 

@@ -8,8 +8,15 @@ from amedlib.datasets.entries import describe
 from amedlib.datasets.files import ASSETS, DATA
 from amedlib.study import audit, claims, corruptions, noise, plans, verdicts
 from amedlib.study.execute import measure
-from amedlib.study.figures import value_in_words
-from amedlib.study.published import DISTANCES, ROWS, WORDS, across_nfe, nfe_name, row_names
+from amedlib.study.published import (
+    DISTANCES,
+    ROWS,
+    across_nfe,
+    called,
+    nfe_name,
+    row_names,
+    value_in_words,
+)
 from amedlib.study.uncertainty import Estimate, against_baseline, estimates, with_interval
 
 
@@ -283,13 +290,10 @@ def _outcome_in_words(row: dict) -> str:
     return ". ".join(filter(None, (text.rstrip(".") for text in told)))
 
 
-SAID = WORDS | {"l2": "L2", "digits_conditional": "digits with labels"}
-
-
 def crossed_table(found: pd.DataFrame, rows: list[str], columns: list[str]):
     """Estimates with their 95 % intervals, crossed by columns of the frame; in words."""
     cells = [with_interval(*each) for each in found[["value", "half"]].to_numpy()]
-    named = {key: found[key].map(lambda value: SAID.get(value, value)) for key in rows + columns}
+    named = {key: found[key].map(called) for key in rows + columns}
     named |= {key: found[key].map(nfe_name) for key in columns if key == "nfe"}
     frame = found.assign(cell=cells, **named).pivot_table(
         index=rows, columns=columns, values="cell", aggfunc="first", sort=False

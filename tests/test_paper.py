@@ -299,7 +299,7 @@ def test_a_table_is_shown_with_its_caption_and_its_figure(tmp_path, monkeypatch)
     assert found.data.startswith("**At ") and "Of the paper's claims" in found.data
     shown.clear()
     page.show_cells(6, "digits", measured, figure=True)
-    table, words, figure = shown
+    figure, table, words = shown
 
     unit = describe("digits").feature_distance_name
     columns = [(nfe, whose) for nfe in ("NFE 4", "NFE 10") for whose in (unit, "paper")]

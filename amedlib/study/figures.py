@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 
 from amedlib.study.corruptions import CORRUPTIONS, NOISE
-from amedlib.study.published import DISTANCES, ROWS, called, nfe_name, row_names, value_in_words
+from amedlib.study.published import DISTANCES, ROWS, nfe_name, row_names, value_in_words
 from amedlib.study.standings import WORDS
 from amedlib.study.uncertainty import estimates
 
@@ -135,18 +135,23 @@ def _with_bars(ax, rows: pd.DataFrame, style: dict) -> None:
         ax.plot([row.nfe] * len(row.trainings), row.trainings, **ring)
 
 
-def against_nfe(panels: dict[str, pd.DataFrame], ylabels, levels=None) -> Figure:
+def against_nfe(panels: dict[str, pd.DataFrame], ylabels, levels=None, sharey=False) -> Figure:
     """A panel per frame: a quality against NFE for every method, with 95 % intervals.
 
     Args:
-        panels: title to frame with columns method, nfe, value and, where known, half, trainings.
+        panels: title to frame with columns method, nfe, value and, where known, half, trainings;
+            and, where a method has several lines, variant: their names.
         ylabels: label of each panel's y axis, with its unit.
         levels: title to (label, value) of a line across the panel.
+        sharey: whether the panels have one y axis.
     """
-    figure, axes = _panels(len(panels))
+    figure, axes = _panels(len(panels), sharey=sharey)
     for (title, frame), label, ax in zip(panels.items(), ylabels, axes, strict=True):
-        for method, rows in frame.groupby("method", sort=False):
-            _with_bars(ax, rows, look(method) | {"label": method})
+        for method, of_method in frame.groupby("method", sort=False):
+            lines = of_method.get("variant", pd.Series("", of_method.index))
+            lines = list(of_method.groupby(lines, sort=False))
+            for (variant, rows), style in zip(lines, variants(method, len(lines)), strict=True):
+                _with_bars(ax, rows, style | {"label": ", ".join(filter(None, (method, variant)))})
         if levels and title in levels:
             label_of_level, level = levels[title]
             ax.axhline(level, color=GREY, linestyle=":", label=label_of_level)
@@ -158,46 +163,49 @@ def against_nfe(panels: dict[str, pd.DataFrame], ylabels, levels=None) -> Figure
     return figure
 
 
-def at_one_nfe(found: pd.DataFrame, titles, units) -> Figure:
-    """Variants of methods at one NFE, the best at the top: ours left, the paper's right.
+def at_one_nfe(panels: dict[str, pd.DataFrame], units) -> Figure:
+    """Variants of methods at one NFE, a panel per frame; at the top what is best in the first.
 
     Args:
-        found: columns variant, method, paper, value, half; from ``paper.estimates``.
-        titles, units: of the two panels and their axes.
+        panels: title to frame with columns variant, method, value and, where known, half.
+        units: label of each panel's axis.
     """
-    found = found.sort_values("value", ascending=False).reset_index(drop=True)
-    figure, axes = _panels(2, height=3.8, sharey=True)
-    for ax, column, title, unit in zip(axes, ("value", "paper"), titles, units, strict=True):
-        for place, row in found.iterrows():
-            bar = row["half"] if column == "value" else None
+    first = next(iter(panels.values())).sort_values("value", ascending=False)
+    names = list(first["variant"])
+    figure, axes = _panels(len(panels), height=0.5 * len(names), sharey=True)
+    for (title, frame), unit, ax in zip(panels.items(), units, axes, strict=True):
+        for place, (_, row) in enumerate(frame.set_index("variant").loc[names].iterrows()):
             style = {"markersize": 8} | look(row["method"])
-            ax.errorbar(row[column], place, xerr=bar, capsize=3, linestyle="none", **style)
+            bar = row.get("half")
+            ax.errorbar(row["value"], place, xerr=bar, capsize=3, linestyle="none", **style)
         ax.set(title=fill(title, 20), xlabel=fill(unit, 20), xscale="log")
         ax.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_formatter(NullFormatter())
-    axes[0].set_yticks(found.index, [fill(name, 20) for name in found["variant"]])
+    axes[0].set_yticks(range(len(names)), [fill(name, 20) for name in names])
     return figure
 
 
 def cells_figure(number: int, measured: pd.DataFrame, unit: str) -> Figure:
-    """The rows of one of Tables 3 to 13 against NFE: ours left, the paper's right.
+    """The rows of one of Tables 3 to 13 against NFE: ours left, and the paper's FID beside our FD.
 
     Rows of one method (of several r, M, schedules, ...) have its colour and marker.
     """
     rows = row_names(measured, number).assign(whose=measured["method"])
     found = estimates(rows, by=[*dict.fromkeys(["whose", *ROWS[number]]), "nfe", "paper"])
-    figure, axes = _panels(2)
+    compared = measured["result"].iloc[0].run.metric == "fd"
+    figure, axes = _panels(2) if compared else _panels(1, height=3.8)
     for method, of_method in found.groupby("whose", sort=False):
         groups = list(of_method.groupby(ROWS[number], sort=False))
         for (names, rows), style in zip(groups, variants(method, len(groups)), strict=True):
             style |= {"label": _row_label(number, names)}
             _with_bars(axes[0], rows, style)
-            axes[1].plot("nfe", "paper", data=rows.sort_values("nfe"), **style)
-    for ax, title, label in zip(axes, ("ours", "the paper"), (unit, "FID"), strict=True):
+            if compared:
+                axes[1].plot("nfe", "paper", data=rows.sort_values("nfe"), **style)
+    for ax, title, label in zip(axes, ("ours", "the paper"), (unit, "FID"), strict=False):
         _log_scale(ax)
         _axis_of_nfe(ax, found["nfe"].unique())
-        ax.set(title=title, ylabel=label)
+        ax.set(title=title if compared else "", ylabel=label)
     legend_below(figure, axes[0])
     return figure
 
@@ -207,26 +215,6 @@ def _row_label(number: int, names: tuple) -> str:
     each = zip(ROWS[number], names, strict=True)
     told = [{"✓": name, "✗": "–"}.get(v, value_in_words(name, v)) for name, v in each]
     return ", ".join(text for text in told if text != "–")
-
-
-def against_loss(found: pd.DataFrame, unit: str) -> Figure:
-    """Figure 8: quality against NFE, a line per method and training loss.
-
-    Args:
-        found: columns method, loss, nfe, value, half; from ``paper.estimates``.
-    """
-    figure, (ax,) = _panels(1, height=3.8)
-    for (method, loss), rows in found.groupby(["method", "loss"], sort=False):
-        dashes = {
-            "linestyle": "--" if loss == "l2" else "-",
-            "label": f"{method}, {called(loss)}",
-        }
-        _with_bars(ax, rows, look(method) | dashes)
-    _log_scale(ax)
-    _axis_of_nfe(ax, found["nfe"].unique())
-    ax.set(ylabel=unit)
-    legend_below(figure, ax)
-    return figure
 
 
 def trajectory_pca_figure(curves: dict) -> Figure:

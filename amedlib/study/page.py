@@ -202,7 +202,7 @@ def open_table(
 
 
 def show_cells(number: int, dataset: str, measured: pd.DataFrame, figure=False, fold=False) -> None:
-    """Show one of Tables 3 to 13 with its caption, and a figure if asked.
+    """Show one of Tables 3 to 13 with its caption, and before it a figure if asked.
 
     Args:
         number, dataset: the table, and what it was measured on.
@@ -211,11 +211,11 @@ def show_cells(number: int, dataset: str, measured: pd.DataFrame, figure=False, 
     """
     metric = measured["result"].iloc[0].run.metric
     unit = "endpoint error" if metric != "fd" else describe(dataset).feature_distance_name
+    if figure:
+        display(figures.cells_figure(number, measured, unit))
     table = tables.cells_table(number, measured, unit)
     display(folded(f"Table {number} by {unit}", table) if fold else table)
     cells_caption(number, dataset, measured)
-    if figure:
-        display(figures.cells_figure(number, measured, unit))
 
 
 def folded(summary: str, table: Styler) -> HTML:

@@ -1,5 +1,6 @@
 """Sentences that pages compute say what the numbers say."""
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -94,9 +95,9 @@ def test_differences_of_all_headings_are_corrected_together():
     three = tables.variants_table({n: frame(gain) for n in "xyz"}, ["a"]).to_html()
     assert alone.count("✗") == 1 and three.count("✗") == 0 and three.count("? ") == 3
     (one,) = tables.variants_in_words({"x": frame(gain)}, ["a"])
-    assert one == "x, against “a”: **worse**: “b”."
+    assert re.fullmatch(r"x, against “a”: \*\*worse\*\*: “b” \(0\.\d+ ± 0\.\d+\)\.", one)
     several = tables.variants_in_words({n: frame(gain) for n in "xyz"}, ["a"])
-    assert several[1] == "y, against “a”: **cannot be told apart**: “b”."
+    assert several[1].startswith("y, against “a”: **cannot be told apart**: “b” (")
 
 
 def test_a_table_shows_every_stored_training_of_a_cell(tmp_path):

@@ -234,9 +234,9 @@ def test_rows_are_told_to_who_does_not_see_them():
     rows = [("AMED", "AMED-Plugin", 1.0, 0.1), ("plain", "iPNDM", 2.0, 0.1)]
     found = pd.DataFrame(rows, columns=["variant", "method", "value", "half"])
     theirs = found.drop(columns="half")[::-1]  # no intervals, and in another order
-    figure = figures.at_one_nfe({"ours": found, "paper": theirs}, ["FD", "FID"])
-    top = [[x for line in ax.lines for x, y in line.get_xydata() if y == 1] for ax in figure.axes]
-    assert np.median(top[0]) == np.median(top[1]) == 1.0  # the best at the top
+    figure = figures.dots({"ours": found, "paper": theirs}, ["FD", "FID"])
+    top = [[x for line in ax.lines for x, y in line.get_xydata() if y == 0] for ax in figure.axes]
+    assert np.median(top[0]) == np.median(top[1]) == 1.0  # the first at the top
     said = figures.in_words(figure)
     assert said == "ours: FD. paper: FID. Rows from the top: AMED; plain."
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullFormatter
 
 from amedlib.study.corruptions import CORRUPTIONS, NOISE
 from amedlib.study.published import DISTANCES, ROWS, nfe_name, row_names, value_in_words
@@ -163,26 +163,31 @@ def against_nfe(panels: dict[str, pd.DataFrame], ylabels, levels=None, sharey=Fa
     return figure
 
 
-def at_one_nfe(panels: dict[str, pd.DataFrame], units) -> Figure:
-    """Variants of methods at one NFE, a panel per frame; at the top what is best in the first.
+def dots(panels: dict[str, pd.DataFrame], units) -> Figure:
+    """A row per variant, in the order of the first frame, and a panel per frame.
 
     Args:
         panels: title to frame with columns variant, method, value and, where known, half.
         units: label of each panel's axis.
     """
-    first = next(iter(panels.values())).sort_values("value", ascending=False)
-    names = list(first["variant"])
-    figure, axes = _panels(len(panels), height=0.5 * len(names), sharey=True)
+    names = list(next(iter(panels.values()))["variant"])
+    figure, axes = _panels(len(panels), height=0.7 + 0.45 * len(names), sharey=True)
     for (title, frame), unit, ax in zip(panels.items(), units, axes, strict=True):
         for place, (_, row) in enumerate(frame.set_index("variant").loc[names].iterrows()):
             style = {"markersize": 8} | look(row["method"])
             bar = row.get("half")
             ax.errorbar(row["value"], place, xerr=bar, capsize=3, linestyle="none", **style)
-        ax.set(title=fill(title, 20), xlabel=fill(unit, 20), xscale="log")
-        ax.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+        ax.set(title=fill(title, 20), xlabel=fill(unit, 20))
+        if not len(reach_zero(frame)) and frame["value"].max() > 4 * frame["value"].min():
+            ax.set_xscale("log")
+            ax.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+            ax.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            ax.set_xlim(left=0)
+            ax.xaxis.set_major_locator(MaxNLocator(5))
         ax.xaxis.set_major_formatter("{x:g}")
-        ax.xaxis.set_minor_formatter(NullFormatter())
-    axes[0].set_yticks(range(len(names)), [fill(name, 20) for name in names])
+    axes[0].set_yticks(range(len(names)), [fill(name, 26) for name in names])
+    axes[0].invert_yaxis()
     return figure
 
 
@@ -467,7 +472,8 @@ def in_words(figure: Figure) -> str:
         title, x, y = (" ".join(t.split()) for t in (titles, ax.get_xlabel(), ax.get_ylabel()))
         axes = " against ".join(filter(None, [y, x])) if ax.axison else ""
         panels.append(": ".join(filter(None, [title, axes])))
-        ticks = sorted(ax.get_yticklabels(), key=lambda tick: -tick.get_position()[1])
+        up = -1 if ax.yaxis_inverted() else 1
+        ticks = sorted(ax.get_yticklabels(), key=lambda tick: -up * tick.get_position()[1])
         rows += [tick.get_text() for tick in ticks if re.match("[A-Za-z]", tick.get_text())]
         drawn += ax.get_legend_handles_labels()[1]
         drawn += ["images"] if ax.images else []

@@ -223,18 +223,22 @@ def of_plugin(frames: dict[str, pd.DataFrame]) -> tuple[str, str]:
     )
 
 
-def of_objectives(measured: pd.DataFrame, unit: str) -> tuple[str, str]:
+def of_objectives(found: dict[str, pd.DataFrame]) -> tuple[str, str]:
     """What training for the end of the trajectory changes, in two sentences.
 
     Args:
-        measured: of ``plans.beyond("objective")``, columns variant, nfe, result.
+        found: measure to what was measured of ``plans.beyond("objective")``; told is the first.
     """
+    unit, measured = next(iter(found.items()))
     step, end = measured["variant"].unique()
-    frames = dict(list(measured.groupby("nfe")))
     values = estimates(measured, by=("variant", "nfe")).set_index(["variant", "nfe"])["value"]
-    each = [f"{values[end, n]:.2f} instead of {values[step, n]:.2f} at {n}" for n in frames]
-    marks = tables.variants_marked(frames, [step])
-    told = [f"{TOLD[marks[n, step, end][0]]} training for the step at {n}" for n in frames]
+    nfes = measured["nfe"].unique()
+    each = [f"{values[end, n]:.2f} instead of {values[step, n]:.2f} at {n}" for n in nfes]
+    marks = tables.variants_marked(tables.by_cell(found), [step])
+    marks = [marks[name, step, end][0] for name in tables.by_cell({unit: measured})]
+    told = [
+        f"{TOLD[mark]} training for the step at {n}" for mark, n in zip(marks, nfes, strict=True)
+    ]
     return (
         f"Trained for the end of the trajectory and not for the next step, AMED-Plugin has {unit} "
         f"{listed(each)} evaluations.",

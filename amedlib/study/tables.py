@@ -415,13 +415,22 @@ def variants_marked(frames: dict[str, pd.DataFrame], baselines: list[str]) -> di
     return dict(zip(found, marked(list(found.values())), strict=True))
 
 
+def by_cell(found: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Measures' frames of several methods and NFE, apart: ``variants_marked`` compares within."""
+    return {
+        f"{method} at {nfe} evaluations, {measure}": rows
+        for measure, frame in found.items()
+        for (method, nfe), rows in frame.groupby(["method", "nfe"], sort=False)
+    }
+
+
 def variants_in_words(frames: dict[str, pd.DataFrame], baselines: list[str]) -> list[str]:
-    """What ``variants_table`` says, a sentence per heading and baseline."""
+    """What ``variants_table`` says, a sentence per heading and baseline, with the differences."""
     words = {"✓": "**better**", "✗": "**worse**", "?": "**cannot be told apart**"}
     groups: dict[tuple, dict[str, list[str]]] = {}
     for (heading, baseline, variant), text in variants_marked(frames, baselines).items():
         told = groups.setdefault((heading, baseline), {})
-        told.setdefault(words[text[0]], []).append(f"“{variant}”")
+        told.setdefault(words[text[0]], []).append(f"“{variant}” ({text[2:]})")
     said = []
     for (heading, baseline), told in groups.items():
         each = [f"{word}: {', '.join(names)}" for word, names in told.items()]

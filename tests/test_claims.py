@@ -5,6 +5,7 @@ import json
 import re
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -355,7 +356,7 @@ WORDS_OF = {"+": "holds", "-": "does not hold", "?": "undecided"}
         ("+++", 4, "partly tested"),
         ("++?", 3, "undecided"),
         ("++?", 4, "partly tested"),
-        ("++-", 3, "mixed"),
+        ("++-", 3, "does not hold"),
         ("-?", 4, "does not hold"),
         ("-?", 2, "does not hold"),
     ],
@@ -394,6 +395,37 @@ def test_noise_is_pooled_over_the_same_kind_at_the_nearest_nfe(monkeypatch):
     plugin = Run(solver="ipndm", samples=100, nfe=5, afs=True, predictor={})
     assert noise.pooled_noise(NOISE, plugin) == (pytest.approx(0.5), 2)
     assert noise.pooled_noise(NOISE[:3], plugin) is None
+
+
+def compared(better, worse, metric="fd", **pooled):
+    """A difference of two distances of the digits, as ``_judged`` makes it."""
+    run = SimpleNamespace(dataset="digits", metric=metric)
+    sides = [{"value": value, "results": [SimpleNamespace(run=run)]} for value in (better, worse)]
+    return Estimate(better - worse, 0.1, pooled.get("error"), 3, 100, pooled.get("of")), *sides
+
+
+@pytest.mark.parametrize(
+    "given, powerless",
+    [
+        (compared(4.0, 5.0), False),
+        (compared(4.0, 5.0, error=1.0, of=4), False),
+        (compared(4.0, 5.0, error=2.0, of=4), True),  # t = 2.78: half a width of 5.6
+        (compared(4.0, 5.0, error=2.0), False),  # its own trainings
+        (compared(34.0, 20.0), False),
+        (compared(34.0, 40.0), True),  # both farther than noise of the moments, at 33.5
+        (compared(34.0, 40.0, metric="fd_joint"), False),
+    ],
+)
+def test_what_could_not_be_told_apart_has_no_power(given, powerless):
+    assert claims._powerless(*given, factor=1.0) is powerless
+
+
+def test_comparisons_without_power_count_for_the_correction():
+    """So that no other verdict is the better for them."""
+    rows = [{"powerless": i > 0, "p_value": 0.02 * (1 + i), "difference": -1.0} for i in range(4)]
+    judged = claims._decided([row | {"nfe": i} for i, row in enumerate(rows)])
+    assert judged["verdict"].tolist() == ["undecided", *["no power"] * 3]
+    assert claims._decided(rows[:1])["verdict"].tolist() == ["holds"]
 
 
 def test_one_training_is_given_the_pooled_noise():
@@ -710,7 +742,7 @@ def test_the_ledger_reads_and_never_computes(tmp_path, monkeypatch):
         *("logsnr-limit", "logsnr-interval"),
     }
     assert {row["verdict"] for row in ledger["endpoint_error"]} == {"not run"}
-    assert claims.rank_agreement("digits", results_dir=tmp_path).empty
+    assert verdicts.rank_agreement("digits", results_dir=tmp_path).empty
     html = tables.ledger_grid({"here": ledger}).data
     assert html.count("<details") == len(CLAIMS) and '<a href="table2.html">table2</a>' in html
     assert '<span data-label="here" class="not-run">– not run</span>' in html
@@ -762,7 +794,7 @@ def test_the_order_of_methods(tmp_path):
     for nfe, sign in ((3, 1), (5, -1)):
         for row in plans.table2(nfes=[nfe]).itertuples():
             save_result(result(row.run, printed[row.method, nfe] ** sign), tmp_path)
-    found = claims.rank_agreement("digits", results_dir=tmp_path)
+    found = verdicts.rank_agreement("digits", results_dir=tmp_path)
     table2 = found[found["rows"] == "Table 2"].set_index("nfe")
     assert dict(table2["tau"]) == {3: pytest.approx(1), 5: pytest.approx(-1)}
     assert (table2["methods"] == 8).all()

@@ -11,7 +11,7 @@ MEASURES = ["fd", "fd_joint", "fd_pixels", "endpoint_error"]
 
 def row(words: str, **others) -> dict:
     """A row of a ledger: a verdict per measure, underscores for spaces."""
-    found = {"holds": 1, "fails": 0, "undecided": 2, "made": 4}
+    found = {"holds": 1, "fails": 0, "undecided": 2, "powerless": 1, "made": 5}
     told = [word.replace("_", " ") for word in words.split()]
     named = {m: found | {"verdict": word} for m, word in zip(MEASURES, told, strict=False)}
     return {"id": "x", "sentence": "A wins."} | others | named
@@ -55,8 +55,8 @@ def test_disagreements_are_counted():
 
 def test_words_have_the_counts_and_what_was_not_run():
     words = verdicts.in_words(pd.DataFrame([row("undecided holds")]))
-    text = "undecided (1 hold, 2 undecided, 1 not run). The verdict changes by joint FD to holds."
-    assert words == {"x": text}
+    counts = "1 hold, 2 undecided, 1 without power, 1 not run"
+    assert words == {"x": f"undecided ({counts}). The verdict changes by joint FD to holds."}
 
 
 def test_a_page_says_of_a_claim_what_the_ledger_would():

@@ -5,18 +5,18 @@ from functools import lru_cache, partial
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from amedlib.datasets.entries import DATASETS, Entry, describe
 from amedlib.datasets.files import DATA
 from amedlib.study import plans
+from amedlib.study.corruptions import structureless
 from amedlib.study.facts import PER_CELL, TESTS
 from amedlib.study.noise import can_be_checked, doubt, pooled_noise, training_noise
-from amedlib.study.published import paper_values, published
+from amedlib.study.published import published
 from amedlib.study.run import Result
 from amedlib.study.sentences import gap, pairs
 from amedlib.study.store import RESULTS, load_result
-from amedlib.study.uncertainty import Estimate, difference, estimate, estimates, with_interval
+from amedlib.study.uncertainty import Estimate, difference, estimate, with_interval
 
 # --- verdicts -----------------------------------------------------------------------------------
 
@@ -105,9 +105,8 @@ def overall(verdicts, made: int | None = None, universal: bool = False) -> str:
 
     *holds* if more than half of them hold and none fails, *does not hold* if more than half fail
     and none holds, *mixed* if some hold and some fail, *not run* if there are none, else
-    *undecided*. A universal claim holds only if all do, and does not if one fails and none holds;
-    where none fails but some were not run, it is *partly tested*. It has *no power* if none of its
-    tests has.
+    *undecided*. A universal claim holds only if all do, and does not if one fails; where none
+    fails but some were not run, it is *partly tested*. It has *no power* if none of its tests has.
 
     Args:
         made: how many comparisons the claim makes, run or not; all were run unless given.
@@ -119,10 +118,10 @@ def overall(verdicts, made: int | None = None, universal: bool = False) -> str:
         return "not run"
     if set(verdicts) == {"no power"}:
         return "no power"
-    if holds and fails:
-        return "mixed"
     if universal and fails:
         return "does not hold"
+    if holds and fails:
+        return "mixed"
     if universal and made > len(verdicts):
         return "partly tested"
     if universal and holds == made:
@@ -268,14 +267,16 @@ def _made(claim: dict, source: str, dataset: str, cells, found) -> int:
 
 def _decided(rows: list[dict]) -> pd.DataFrame:
     """Comparisons with their verdicts, corrected for the number of them."""
-    columns = [*claims().columns, "difference", "low", "high", "p_value", "pooled", "made"]
+    columns = [*claims().columns, "difference", "low", "high", "p_value", "pooled", "powerless"]
+    columns.append("made")
     judged = pd.DataFrame(rows, columns=columns)
     # What two claims compare alike is one hypothesis.
     alike = judged.groupby(["better", "worse", "nfe", "p_value"], dropna=False, sort=False)
     first = judged[~alike.cumcount().astype(bool)].index
     judged["p_holm"] = holm(judged.loc[first, "p_value"])[alike.ngroup()]
     for name, p in (("uncorrected", "p_value"), ("verdict", "p_holm")):
-        judged[name] = [verdict(*row) for row in zip(judged["difference"], judged[p], strict=True)]
+        words = map(verdict, judged["difference"], judged[p])
+        judged[name] = judged["powerless"].map({True: "no power"}).fillna(pd.Series([*words]))
     return judged
 
 
@@ -296,8 +297,27 @@ def _judged(claim, source, cells, noise, results_dir) -> list[dict]:
             times = "" if claim["factor"] == 1 else f"{claim['factor']:g} × "
             other = times + worse["name"] + (f" − {limit:.3g}" if limit else "")
         found = replace(found, value=found.value - limit)
-        rows.append(_comparison(claim, better["name"], other, better["nfe"], found))
+        row = _comparison(claim, better["name"], other, better["nfe"], found)
+        if worse and _powerless(found, better, worse, claim["factor"]):
+            row["powerless"] = True
+        rows.append(row)
     return rows
+
+
+def _powerless(found: Estimate, better: dict, worse: dict, factor: float) -> bool:
+    """Whether no pair of such distances could be told apart, or what is told means nothing.
+
+    They count for Holm's correction all the same. A distance is not below 0, so a difference is at
+    most the larger of the two, and borrowed noise of training can be wider than that. And FD does
+    not order what is farther from the data than noise of the data's mean and covariance
+    (``corruptions.structureless``).
+    """
+    low, high = found.interval
+    several = better["value"], factor * worse["value"]
+    first = better["results"][0].run
+    level = structureless(first.dataset) if first.metric == FIRST else np.inf
+    lost = min(better["value"], worse["value"]) > level
+    return lost or (found.pooled is not None and (high - low) / 2 > max(several))
 
 
 def _comparison(claim: dict, better: str, worse: str, nfe, found: Estimate) -> dict:
@@ -311,6 +331,7 @@ def _comparison(claim: dict, better: str, worse: str, nfe, found: Estimate) -> d
         "high": high,
         "p_value": np.nan if np.isnan(found.value) else found.p_value,
         "pooled": found.pooled is not None,
+        "powerless": bool(np.isnan(found.value)),
     }
 
 
@@ -382,15 +403,24 @@ def _representative(found: pd.DataFrame) -> str:
     return f"{row['better']} − {row['worse']}{at}: {with_interval(row['difference'], half)}{mark}"
 
 
+COUNTED = {
+    "holds": "holds",
+    "fails": "does not hold",
+    "undecided": "undecided",
+    "powerless": "no power",
+}
+
+
+def counted(verdicts) -> dict[str, int]:
+    """How many comparisons have each verdict, by the names of ``COUNTED``."""
+    return {name: list(verdicts).count(word) for name, word in COUNTED.items()}
+
+
 def _outcome(claim: dict, found: pd.DataFrame, made: int) -> dict:
-    counts = found["verdict"].value_counts()
     shown = not found.empty and claim["kind"] != "setting"
     how = made, claim["universal"] == "yes"
-    return {
+    return counted(found["verdict"]) | {
         "verdict": overall(found["verdict"], *how),
-        "holds": counts.get("holds", 0),
-        "fails": counts.get("does not hold", 0),
-        "undecided": counts.get("undecided", 0),
         "uncorrected": overall(found["uncorrected"], *how),
         "made": made,
         "example": _representative(found) if shown else "",
@@ -404,7 +434,7 @@ def ledger(dataset: str = "digits", results_dir=RESULTS) -> pd.DataFrame:
         A row per claim: id, kind, place, sentence, note; source (its table or figure here);
         ``in_print`` (what the paper's tables say); and for each of ``measures`` a dict:
         verdict (``overall``, after Holm), uncorrected, the numbers of comparisons that hold, fail,
-        are undecided and are made in all, run or not, and an example.
+        are undecided, have no power, and are made in all, run or not, and an example.
         Without a test, or without results, the verdict is "not run".
     """
     tables = {metric: stored_tables(dataset, metric, results_dir) for metric in measures(dataset)}
@@ -466,32 +496,3 @@ def to_run(dataset: str) -> pd.DataFrame:
     pages = frame["source"].map(page_of)
     frame["command"] = list(map(command.format, pages, frame["data set"]))
     return frame[["data set", "command", "claims"]]
-
-
-def rank_agreement(dataset: str, metric: str = "fd", results_dir=RESULTS) -> pd.DataFrame:
-    """Whether methods come in the same order here and in the paper: Kendall's tau per NFE.
-
-    Returns:
-        Columns rows (which of the paper's tables), nfe, methods (their number), tau, p_value (of
-        no association; exact).
-    """
-    theirs = describe(dataset).paper
-    table2 = stored(plans.table2(dataset, metric=metric), results_dir)
-    frames = {"Table 2": (table2, paper_values("table2", theirs))}
-    for number in (9, 10):
-        if theirs in set(published(f"table{number}")["dataset"]):
-            plain = plans.table(number, dataset, metric=metric)
-            plain = stored(plain[~(plain["afs"] | plain["amed"])], results_dir)
-            printed_values = plain[["method", "nfe", "paper"]].drop_duplicates()
-            frames[f"Table {number}, neither AFS nor AMED"] = plain, printed_values
-    rows = []
-    for label, (measured, printed_values) in frames.items():
-        measured = measured.dropna(subset="result")
-        if measured.empty:
-            continue
-        both = estimates(measured).merge(printed_values, on=["method", "nfe"])
-        for nfe, group in both.groupby("nfe"):
-            if len(group) > 2:
-                tau, p = stats.kendalltau(group["value"], group["paper"])
-                rows.append((label, nfe, len(group), tau, p))
-    return pd.DataFrame(rows, columns=["rows", "nfe", "methods", "tau", "p_value"])

@@ -9,7 +9,9 @@ is farther than noise. This measures it, of the images themselves, without any m
 
 import argparse
 import json
+import math
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,7 +109,7 @@ CORRUPTIONS = {
     "mode dropping": Corruption("classes left out", *[(1, 3, 5, 7, 9)] * 2, None),
 }
 # What has no strength. Pure noise is what a sampler starts from, clipped.
-UNTOUCHED, NOISE = "untouched", "pure noise"
+UNTOUCHED, NOISE, GAUSSIAN = "untouched", "pure noise", "Gaussian of their moments"
 
 
 def _without_strength(x: torch.Tensor, random) -> dict[str, torch.Tensor]:
@@ -117,7 +119,7 @@ def _without_strength(x: torch.Tensor, random) -> dict[str, torch.Tensor]:
     noise = torch.randn(x.shape, generator=random)
     return {
         UNTOUCHED: x,
-        "Gaussian of their moments": alike,
+        GAUSSIAN: alike,
         "plain grey": torch.zeros_like(x),
         "noise of deviation 1": noise,
         NOISE: 80 * noise,
@@ -203,6 +205,15 @@ def load_table(dataset: str, results_dir=RESULTS) -> pd.DataFrame:
     path = path_of(dataset, results_dir)
     require(path.is_file(), "the table of corruptions", str(path), "measured by this module first")
     return pd.DataFrame(json.loads(path.read_text())["rows"])
+
+
+@cache
+def structureless(dataset: str) -> float:
+    """FD of noise that has the data's mean and covariance; infinite where it was not measured."""
+    if not path_of(dataset).is_file():
+        return math.inf
+    table = load_table(dataset).set_index("kind")
+    return float(table.loc[GAUSSIAN, "fd"])
 
 
 def main(arguments=None) -> None:

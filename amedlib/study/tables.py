@@ -187,7 +187,7 @@ def folded(summary: str, html: str) -> HTML:
 
 def _compared(row) -> str:
     """One comparison: its mark, and the difference with its interval."""
-    if row.verdict == "no power":
+    if np.isnan(row.difference):
         return MARKS[row.verdict]
     alone = "" if row.uncorrected == row.verdict else f" (alone {MARKS[row.uncorrected][0]})"
     value = with_interval(row.difference, (row.high - row.low) / 2)
@@ -277,8 +277,10 @@ def _claim(claim: dict, found: dict[str, dict]) -> str:
 def _outcome_in_words(row: dict) -> str:
     """What the results of one data set say of a claim, but for the verdict itself."""
     found = row[claims.FIRST]
-    run = found["holds"] + found["fails"] + found["undecided"]
-    counts = f"✓ {found['holds']}, ✗ {found['fails']}, ? {found['undecided']}"
+    marks = {name: MARKS[word][0] for name, word in claims.COUNTED.items()}
+    marks = {n: mark for n, mark in marks.items() if found[n] or n != "powerless"}
+    run = sum(found[name] for name in marks)
+    counts = ", ".join(f"{mark} {found[name]}" for name, mark in marks.items())
     rest = f" of {found['made']}" if run < found["made"] else ""
     words = verdicts.by_measure(row)
     others = ", ".join(

@@ -1,9 +1,14 @@
 """What verdicts say of one another, in words: of one claim by several measures, of many claims."""
 
 import pandas as pd
+from scipy import stats
 
-from amedlib.study.claims import FIRST, overall
-from amedlib.study.published import DISTANCES
+from amedlib.datasets.entries import describe
+from amedlib.study import plans
+from amedlib.study.claims import COUNTED, FIRST, counted, overall, stored
+from amedlib.study.published import DISTANCES, paper_values, published
+from amedlib.study.store import RESULTS
+from amedlib.study.uncertainty import estimates
 
 DECIDED = ("holds", "does not hold", "mixed")
 
@@ -78,10 +83,12 @@ def how_often_they_disagree(ledger: pd.DataFrame) -> str:
     )
 
 
-def _counted(holds: int, fails: int, undecided: int, made: int) -> str:
-    counts = [(holds, "hold"), (fails, "fail"), (undecided, "undecided")]
-    counts.append((made - holds - fails - undecided, "not run"))
-    return ", ".join(f"{n} {word}" for n, word in counts if n > 0)
+def _counted(counts: dict, made: int) -> str:
+    """Counts of ``claims.counted`` in words, and how many comparisons were not run."""
+    words = {"holds": "hold", "fails": "fail", "powerless": "without power"}
+    told = {words.get(name, name): counts[name] for name in COUNTED}
+    told["not run"] = made - sum(told.values())
+    return ", ".join(f"{n} {word}" for word, n in told.items() if n > 0)
 
 
 def in_words(ledger: pd.DataFrame) -> dict[str, str]:
@@ -96,9 +103,8 @@ def in_words(ledger: pd.DataFrame) -> dict[str, str]:
     words = {}
     for row in ledger.to_dict("records"):
         found = row[FIRST]
-        counts = _counted(*(found[name] for name in ("holds", "fails", "undecided", "made")))
-        run = found["holds"] + found["fails"] + found["undecided"]
-        text = found["verdict"] + (f" ({counts})" if run else "")
+        run = any(found[name] for name in COUNTED)
+        text = found["verdict"] + (f" ({_counted(found, found['made'])})" if run else "")
         said = disagreement(by_measure(row))
         words[row["id"]] = f"{text}. {said}" if said else text
     return words
@@ -139,9 +145,38 @@ def each_claim(judged: pd.DataFrame) -> list[tuple[str, str, str]]:
     """Sentence, verdict and counts of each claim; of ``claims.judge``."""
     found = []
     for _, some in judged.groupby("id", sort=False):
-        claim, verdicts = some.iloc[0], list(some["verdict"])
-        each = [verdicts.count(word) for word in ("holds", "does not hold", "undecided")]
-        word = overall(verdicts, claim["made"], claim["universal"] == "yes")
-        counts = claim["note"] if word == "no power" else _counted(*each, claim["made"])
+        claim, words = some.iloc[0], list(some["verdict"])
+        word = overall(words, claim["made"], claim["universal"] == "yes")
+        told = word == "no power" and claim["test"]
+        counts = claim["note"] if told else _counted(counted(words), claim["made"])
         found.append((claim["sentence"].rstrip("."), word, counts.rstrip(".")))
     return found
+
+
+def rank_agreement(dataset: str, metric: str = "fd", results_dir=RESULTS) -> pd.DataFrame:
+    """Whether methods come in the same order here and in the paper: Kendall's tau per NFE.
+
+    Returns:
+        Columns rows (which of the paper's tables), nfe, methods (their number), tau, p_value (of
+        no association; exact).
+    """
+    theirs = describe(dataset).paper
+    table2 = stored(plans.table2(dataset, metric=metric), results_dir)
+    frames = {"Table 2": (table2, paper_values("table2", theirs))}
+    for number in (9, 10):
+        if theirs in set(published(f"table{number}")["dataset"]):
+            plain = plans.table(number, dataset, metric=metric)
+            plain = stored(plain[~(plain["afs"] | plain["amed"])], results_dir)
+            printed_values = plain[["method", "nfe", "paper"]].drop_duplicates()
+            frames[f"Table {number}, neither AFS nor AMED"] = plain, printed_values
+    rows = []
+    for label, (measured, printed_values) in frames.items():
+        measured = measured.dropna(subset="result")
+        if measured.empty:
+            continue
+        both = estimates(measured).merge(printed_values, on=["method", "nfe"])
+        for nfe, group in both.groupby("nfe"):
+            if len(group) > 2:
+                tau, p = stats.kendalltau(group["value"], group["paper"])
+                rows.append((label, nfe, len(group), tau, p))
+    return pd.DataFrame(rows, columns=["rows", "nfe", "methods", "tau", "p_value"])

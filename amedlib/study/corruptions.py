@@ -26,6 +26,7 @@ from amedlib.denoisers.cifar10 import load_cifar10_images, scaled
 from amedlib.denoisers.digits import load_digits_images, quantise
 from amedlib.files import write_atomically
 from amedlib.metrics import Moments, moments_distance
+from amedlib.study.published import DISTANCES
 from amedlib.study.run import OF_SAMPLES
 from amedlib.study.store import RESULTS, fingerprint_of
 
@@ -214,6 +215,32 @@ def structureless(dataset: str) -> float:
         return math.inf
     table = load_table(dataset).set_index("kind")
     return float(table.loc[GAUSSIAN, "fd"])
+
+
+def as_table(table: pd.DataFrame):
+    """Distances of corrupted real images: rows corruption and distance, columns strengths.
+
+    Marked is what is not above the strength before it, and what is not below pure noise.
+
+    Args:
+        table: of ``measure_corrupted``.
+    """
+    found = judged(table)
+    marks = [" ↓" * (not row.grows) + " > noise" * (not row.below) for row in found.itertuples()]
+    found["cell"] = [f"{v:.3g}{mark}" for v, mark in zip(found["value"], marks, strict=True)]
+    found["strength"] = found.groupby(["kind", "metric"]).cumcount() + 1
+    found["metric"] = found["metric"].map(DISTANCES)
+    frame = found.pivot(index=["kind", "metric"], columns="strength", values="cell")
+    order = [(kind, name) for kind in CORRUPTIONS for name in found["metric"].unique()]
+    frame = frame.loc[order].rename_axis(index=[None, None])
+    return frame.style
+
+
+def ends_as_table(table: pd.DataFrame):
+    """The same distances of what has no strength: untouched images, grey ones, noise."""
+    whole = table[table["strength"].isna()].set_index("kind").drop(columns="strength")
+    whole += 0.0  # no minus before a zero
+    return whole.rename(columns=DISTANCES).rename_axis(None).style.format("{:.3g}")
 
 
 def main(arguments=None) -> None:

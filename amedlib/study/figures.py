@@ -164,16 +164,17 @@ def against_nfe(panels: dict[str, pd.DataFrame], ylabels, levels=None, sharey=Fa
 
 
 def dots(panels: dict[str, pd.DataFrame], units) -> Figure:
-    """A row per variant, in the order of the first frame, and a panel per frame.
+    """A row per variant, in the order of the frames, and a panel per frame.
 
     Args:
         panels: title to frame with columns variant, method, value and, where known, half.
         units: label of each panel's axis.
     """
-    names = list(next(iter(panels.values()))["variant"])
+    names = list(dict.fromkeys(name for frame in panels.values() for name in frame["variant"]))
     figure, axes = _panels(len(panels), height=0.7 + 0.45 * len(names), sharey=True)
     for (title, frame), unit, ax in zip(panels.items(), units, axes, strict=True):
-        for place, (_, row) in enumerate(frame.set_index("variant").loc[names].iterrows()):
+        for _, row in frame.iterrows():
+            place = names.index(row["variant"])
             style = {"markersize": 8} | look(row["method"])
             bar = row.get("half")
             ax.errorbar(row["value"], place, xerr=bar, capsize=3, linestyle="none", **style)

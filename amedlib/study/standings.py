@@ -62,8 +62,9 @@ def best_schedules(dataset: str, nfes, seeds, n_samples, metrics, compute=False,
     """Each row of AMED on the schedule that is best for it, by its first training on other latents.
 
     Returns:
-        Two plans of such rows where all schedules were tried: with all trainings, and what the
-        choice was made by. Their names end with ``ON_BEST``.
+        Two plans of such rows where all schedules were tried and the best is not the row's own: on
+        the samples that are shown, and on those that the best of a need is chosen by. Their names
+        end with ``ON_BEST``.
     """
     tried = leaderboard.on_schedules(dataset, nfes, seeds[:1], **leaderboard.CHOICE)
     tried = kept(tried, compute=compute, **how)
@@ -71,9 +72,13 @@ def best_schedules(dataset: str, nfes, seeds, n_samples, metrics, compute=False,
     tried = tried[tried.groupby(rows)["run"].transform("size") == len(SCHEDULES)]
     values = [result.value for result in measure(tried, **how)["result"]]
     first = tried.loc[tried.assign(value=values).groupby(rows)["value"].idxmin()]
-    shown = leaderboard.on_schedules(dataset, nfes, seeds, n_samples).merge(first[CELL])
-    shown = kept(shown, metrics, compute, **how)
-    return [each.assign(method=each["method"] + ON_BEST) for each in (shown, first)]
+    own = first["method"].map(lambda name: leaderboard.LEARNED[name].schedule)
+    first = first.loc[first["schedule"] != own, CELL]
+    on = {"shown": {"n_samples": n_samples}, "choice": leaderboard.CHOICE}
+    planned = {k: leaderboard.on_schedules(dataset, nfes, seeds, **on[k]).merge(first) for k in on}
+    shown = kept(planned["shown"], metrics, compute, **how)
+    choice = kept(planned["choice"], compute=compute, **how)
+    return [each.assign(method=each["method"] + ON_BEST) for each in (shown, choice)]
 
 
 def with_metric(planned: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -205,6 +210,27 @@ def standings(plans: Plans, metric: str = "fd", **how) -> pd.DataFrame:
     first = first.assign(who=first.apply(label, axis=1), method=BEST)
     learned = measure(with_metric(plans.learned, metric), **how).assign(who="")
     return estimates(pd.concat([first, learned], ignore_index=True), by=("method", "nfe", "who"))
+
+
+_CALLED = {
+    **{"step": "the next step", "endpoint": "the end", "search": "the whole path, by search"},
+    **{"heun": "Heun", "ipndm": "iPNDM", "adam": "Adam", "lbfgs": "L-BFGS"},
+}
+
+
+def how_trained(planned: pd.DataFrame) -> pd.DataFrame:
+    """What learned samplers were trained for, on and by; a row per method, of its first Run."""
+    rows = {}
+    for row in planned.drop_duplicates("method").itertuples():
+        it = row.run.training
+        by = f"{_CALLED[it.optimizer]}, {it.passes} {'pass' if it.passes == 1 else 'passes'}"
+        rows[row.method] = {
+            "for": _CALLED[it.objective],
+            "teacher": f"{_CALLED[it.teacher]}, {1 + it.m} steps for one",
+            "trajectories": f"{it.images:,}",
+            "by": "–" if it.objective == "search" else by,
+        }
+    return pd.DataFrame(rows).T
 
 
 def training_costs(planned: pd.DataFrame, results_dir=RESULTS) -> pd.DataFrame:
@@ -339,11 +365,23 @@ def in_numbers(found: pd.DataFrame) -> dict[str, str]:
     return numbers
 
 
-def needs_in_words(found: pd.DataFrame, runs: pd.DataFrame) -> dict[str, str]:
+def _firsts(means: pd.DataFrame) -> str:
+    """In which column of a frame by NFE the lowest mean stands, where every column has one."""
+    firsts = means.dropna().idxmin(axis=1)
+    each = [
+        f"“{need}” at {listed(firsts.index[firsts == need].astype(str).tolist())}"
+        for need in means
+        if (firsts == need).any()
+    ]
+    return "; ".join(each)
+
+
+def needs_in_words(found: pd.DataFrame, joint: pd.DataFrame, runs: pd.DataFrame) -> dict[str, str]:
     """What the table of needs says, for the book's prose.
 
     Args:
         found: estimates of ``candidates``.
+        joint: the same samplers' by joint FD.
         runs: of ``candidates``.
     """
     means = found.pivot(index="nfe", columns="need", values="value")
@@ -353,12 +391,6 @@ def needs_in_words(found: pd.DataFrame, runs: pd.DataFrame) -> dict[str, str]:
             both = means[[need, "a network on the bottleneck"]].dropna()
             first = (both["a network on the bottleneck"] < both[need]).sum()
             ahead[need] = f"“{need}” at {first} of {len(both)} numbers of evaluations"
-    firsts = means.dropna().idxmin(axis=1)
-    each = [
-        f"“{need}” at {listed(firsts.index[firsts == need].astype(str).tolist())}"
-        for need in means
-        if (firsts == need).any()
-    ]
     parallel = runs[runs["need"] == "evaluations side by side"].drop_duplicates("nfe")
     counts = [
         f"{(run.num_steps - 1) * (1 + run.training.points) - run.afs} for {run.nfe}"
@@ -367,9 +399,48 @@ def needs_in_words(found: pd.DataFrame, runs: pd.DataFrame) -> dict[str, str]:
     of_both = " and of ".join(ahead.values())
     return {
         "which_network": f"In its mean the third column is ahead of {of_both}.",
-        "which_first": f"In the mean the first of all columns is {'; '.join(each)} evaluations.",
+        "which_first": (
+            f"In the mean the first of all columns by FD is {_firsts(means)} evaluations; by joint "
+            f"FD {_firsts(joint.pivot(index='nfe', columns='need', values='value'))}."
+        ),
         "which_parallel": ", ".join(counts),
     }
+
+
+def by_endpoint_error(plans: Plans, **how) -> pd.DataFrame:
+    """The untrained sampler that ends nearest to the solution, and the one that FD chooses.
+
+    Both are chosen by what needs no reference images or does, as ``best`` chooses: the first by the
+    endpoint error of the samples that it is shown on, of which FD knows nothing.
+
+    Returns:
+        Columns nfe, chosen (by endpoint error, by FD), who, value and half (of FD).
+    """
+    ends = measure(with_metric(plans.untrained, "endpoint_error"), **how)
+    ends = ends.assign(value=[result.value for result in ends["result"]])
+    nearest = ends.loc[ends.groupby("nfe")["value"].idxmin(), CELL].merge(plans.untrained)
+    chosen = {
+        "by endpoint error": measure(nearest, **how),
+        "by FD": best(plans.untrained, plans.choice, **how),
+    }
+    both = pd.concat(frame.assign(chosen=name) for name, frame in chosen.items())
+    both = both.assign(who=both.apply(label, axis=1))
+    return estimates(both, by=("nfe", "chosen", "who"))
+
+
+def endpoint_error_in_words(found: pd.DataFrame) -> str:
+    """What choosing by endpoint error costs in FD, in a sentence; of ``by_endpoint_error``."""
+    values = found.pivot(index="nfe", columns="chosen", values="value")
+    who = found.pivot(index="nfe", columns="chosen", values="who")
+    same = who["by FD"] == who["by endpoint error"]
+    other = [
+        f"{row['by endpoint error']:.2f} in place of {row['by FD']:.2f} at {nfe}"
+        for nfe, row in values[~same].iterrows()
+    ]
+    told = [f"FD is {listed(other)} evaluations"] if other else []
+    if same.any():
+        told.append(f"at {listed(values.index[same].astype(str).tolist())} it is the same sampler")
+    return f"Chosen by the error at the end, the untrained sampler's {'; '.join(told)}."
 
 
 def below_limit(found: pd.DataFrame, limit: float) -> str:
@@ -398,9 +469,10 @@ def firsts_in_words(frames: dict[str, pd.DataFrame]) -> list[str]:
         firsts: dict[str, list[str]] = {}
         for by, found in frames.items():
             values = found[found["nfe"] == nfe].set_index("method")["value"]
-            firsts.setdefault(values.idxmin(), []).append(by)
+            if len(values) > 1:
+                firsts.setdefault(values.idxmin(), []).append(by)
         each = [f"“{name}” by {listed(by)}" for name, by in firsts.items()]
-        said.append(f"At {nfe} evaluations the first is {'; '.join(each)}.")
+        said += [f"At {nfe} evaluations the first is {'; '.join(each)}."] if each else []
     return said
 
 

@@ -6,10 +6,9 @@ from IPython.display import HTML, Markdown
 
 from amedlib.datasets.entries import describe
 from amedlib.datasets.files import ASSETS, DATA
-from amedlib.study import audit, claims, corruptions, noise, plans, verdicts
+from amedlib.study import audit, claims, noise, plans, verdicts
 from amedlib.study.execute import measure
 from amedlib.study.published import (
-    DISTANCES,
     ROWS,
     across_nfe,
     called,
@@ -304,15 +303,20 @@ def crossed_table(found: pd.DataFrame, rows: list[str], columns: list[str]):
     return frame.fillna("–").style
 
 
-def recommended_table(found: pd.DataFrame):
-    """Which sampler for which need: rows NFE, columns needs.
+def recommended_table(found: pd.DataFrame, joint: pd.DataFrame):
+    """Which sampler for which need: rows NFE, columns needs; FD, and joint FD in small print.
 
     Args:
         found: estimates of ``standings.candidates``.
+        joint: the same samplers' by joint FD.
     """
-    cells = [f"{r.who}<br>{with_interval(r.value, r.half)}" for r in found.itertuples()]
-    frame = found.assign(cell=cells).pivot(index="nfe", columns="need", values="cell")
-    frame = frame[list(found["need"].unique())].rename(index=nfe_name)
+    both = found.merge(joint[["need", "nfe", "value"]], on=["need", "nfe"], suffixes=("", "_joint"))
+    cells = [
+        f"{r.who}<br>{with_interval(r.value, r.half)}<br><small>joint {r.value_joint:.2f}</small>"
+        for r in both.itertuples()
+    ]
+    frame = both.assign(cell=cells).pivot(index="nfe", columns="need", values="cell")
+    frame = frame[list(both["need"].unique())].rename(index=nfe_name)
     frame.index.name = frame.columns.name = None
     return frame.fillna("not run").style
 
@@ -472,29 +476,3 @@ def by_training_seed(
             **{("loss", f"step {n}"): loss for n, loss in enumerate(curves["loss"], 1)},
         }
     return pd.DataFrame(rows).T
-
-
-def corruptions_table(table: pd.DataFrame):
-    """Distances of corrupted real images: rows corruption and distance, columns strengths.
-
-    Marked is what is not above the strength before it, and what is not below pure noise.
-
-    Args:
-        table: of ``corruptions.measure_corrupted``.
-    """
-    found = corruptions.judged(table)
-    marks = [" ↓" * (not row.grows) + " > noise" * (not row.below) for row in found.itertuples()]
-    found["cell"] = [f"{v:.3g}{mark}" for v, mark in zip(found["value"], marks, strict=True)]
-    found["strength"] = found.groupby(["kind", "metric"]).cumcount() + 1
-    found["metric"] = found["metric"].map(DISTANCES)
-    frame = found.pivot(index=["kind", "metric"], columns="strength", values="cell")
-    order = [(kind, name) for kind in corruptions.CORRUPTIONS for name in found["metric"].unique()]
-    frame = frame.loc[order].rename_axis(index=[None, None])
-    return frame.style
-
-
-def ends_table(table: pd.DataFrame):
-    """The same distances of what has no strength: untouched images, grey ones, noise."""
-    whole = table[table["strength"].isna()].set_index("kind").drop(columns="strength")
-    whole += 0.0  # no minus before a zero
-    return whole.rename(columns=DISTANCES).rename_axis(None).style.format("{:.3g}")

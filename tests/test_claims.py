@@ -443,16 +443,16 @@ def test_one_training_is_given_the_pooled_noise():
 
 
 def test_noise_is_read_from_the_store(tmp_path):
-    assert noise.training_noise([stored := claims.stored(plans.table2(nfes=[5]), tmp_path)]).empty
+    assert noise.training_noise([stored := claims.stored(plans.table2(nfes=[7]), tmp_path)]).empty
     assert not stored["result"].any()
-    planned = plans.table2(names=["AMED-Solver", "iPNDM"], nfes=[5])
+    planned = plans.table2(names=["AMED-Solver", "iPNDM"], nfes=[7])
     values = iter([4.0, 5.0, 6.0, 7.0])
     for what in planned["run"]:
         save_result(result(what, next(values)), tmp_path)
-    measured = [claims.stored(plans.table2(nfes=[5]), tmp_path)] * 2  # two tables with one cell
+    measured = [claims.stored(plans.table2(nfes=[7]), tmp_path)] * 2  # two tables with one cell
     (row,) = noise.training_noise(measured).to_dict("records")
     assert row.pop("values") == [4.0, 5.0, 6.0] and row.pop("what").solver == "amed"
-    expected = {"plugin": False, "nfe": 5, "relative_sd": 0.2, "degrees_of_freedom": 2}
+    expected = {"plugin": False, "nfe": 7, "relative_sd": 0.2, "degrees_of_freedom": 2}
     assert row == pytest.approx(expected)
 
 

@@ -161,7 +161,7 @@ def _trainings(results, results_dir) -> list[Result]:
     found = list({result.run.key: result for result in results if result is not None}.values())
     if len(found) == 1 and found[0].run.predictor is not None:
         what = found[0].run
-        seeds = [what.predictor | {"seed": n} for n in plans.SEEDS]
+        seeds = [what.predictor | {"seed": n} for n in plans.SEEDS + plans.MORE_SEEDS]
         more = (load_result(replace(what, predictor=each), results_dir) for each in seeds)
         found = [result for result in more if result is not None] or found
     return found

@@ -13,7 +13,7 @@ from amedlib.recipes import PRESETS, makes_second_evaluation
 from amedlib.sampling import num_steps_for
 from amedlib.solvers import make_solver
 from amedlib.study import plans
-from amedlib.study.rows import METHODS, SEEDS, Row, runs_of
+from amedlib.study.rows import METHODS, MORE_SEEDS, SEEDS, Row, runs_of
 
 NFES = tuple(range(3, 11))
 # What no sampler is judged on: the best of the untrained is chosen here.
@@ -127,14 +127,14 @@ def learned(
 
 
 # Where three trainings on the digits differ so much that little can be told, two more are made.
-WIDE = {"EPD, K = 3": (3, 5), "AMED-Plugin": (7,), "AMED-Solver, release": (7,)}
+WIDE = {"EPD, K = 3": (3, 5), "AMED-Solver, release": (7,)}
 
 
 def more_trainings(nfes=NFES, n_samples: int | None = None) -> pd.DataFrame:
     """Two more trainings of each sampler of ``WIDE``; columns as of ``learned``."""
     at = {name: [nfe for nfe in wide if nfe in nfes] for name, wide in WIDE.items()}
     plans = [
-        learned("digits", (name,), some, (3, 4), n_samples) for name, some in at.items() if some
+        learned("digits", (name,), some, MORE_SEEDS, n_samples) for name, some in at.items() if some
     ]
     return pd.concat([pd.DataFrame(), *plans], ignore_index=True)
 

@@ -9,7 +9,7 @@ from amedlib.checks import different, one_of, whole
 from amedlib.comparison import SCHEDULES
 from amedlib.datasets.entries import DATASETS, describe
 from amedlib.study.published import KEY, published
-from amedlib.study.rows import METHODS, RECIPE, SEEDS, methods, run_of, runs_of
+from amedlib.study.rows import METHODS, MORE_SEEDS, RECIPE, SEEDS, methods, run_of, runs_of
 from amedlib.study.run import Run
 
 
@@ -382,7 +382,7 @@ QUESTIONS = {
 
 
 # How often the AMED rows are trained where the luck of a training is asked for.
-TRAININGS = 5
+TRAININGS = len(SEEDS + MORE_SEEDS)
 
 
 def beyond(

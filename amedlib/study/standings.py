@@ -193,7 +193,11 @@ def use_it(plugin: list[Result], others: pd.DataFrame) -> tuple[str, str]:
     else:
         answer = "Yes" if set(verdicts) == {"holds"} else "It cannot be told"
     nfe = plugin[0].run.nfe
-    return f"{answer}.", f"At {nfe} evaluations AMED-Plugin is {', and '.join(said)}."
+    on = called(plugin[0].run.schedule)
+    return (
+        f"{answer}.",
+        f"At {nfe} evaluations AMED-Plugin, on the {on} schedule, is {', and '.join(said)}.",
+    )
 
 
 def label(row) -> str:

@@ -142,17 +142,21 @@ def test_a_published_schedule_runs_at_its_own_times():
 
 
 def test_the_best_schedule_of_amed_is_chosen_by_its_first_training_on_other_latents(monkeypatch):
-    """AMED-Solver is best on logSNR in the choice; the schedules of all others were not all run."""
+    """AMED-Solver is best on logSNR in the choice; AMED-Plugin on its own schedule, so that it has
+    no other row; the schedules of all others were not all run."""
     seen = []
 
     def kept(planned, metrics=("fd",), compute=False, **_):
         seen.append((planned, metrics))
-        runs = planned["method"].eq("AMED-Solver") | planned["schedule"].eq("polynomial")
+        runs = planned["method"].isin(["AMED-Solver", "AMED-Plugin"])
+        runs |= planned["schedule"].eq("polynomial")
         return planned[runs].reset_index(drop=True)
 
     def measure(planned):
         values = {"polynomial": 2.0, "logsnr": 1.0, "time_uniform": 3.0}
-        return planned.assign(result=[result(values[name]) for name in planned["schedule"]])
+        own = planned["method"].eq("AMED-Plugin") & planned["schedule"].eq("polynomial")
+        found = planned["schedule"].map(values).mask(own, 0.5)
+        return planned.assign(result=[result(value) for value in found])
 
     monkeypatch.setattr(standings, "kept", kept)
     monkeypatch.setattr(standings, "measure", measure)
@@ -160,7 +164,8 @@ def test_the_best_schedule_of_amed_is_chosen_by_its_first_training_on_other_late
     assert shown["method"].tolist() == ["AMED-Solver, best schedule"] * 3
     assert {run.schedule for run in shown["run"]} == {"logsnr"}
     assert [run.predictor["seed"] for run in shown["run"]] == [0, 1, 2]
-    assert choice["schedule"].tolist() == ["logsnr"]
+    assert choice["schedule"].tolist() == ["logsnr"] * 3  # as many trainings as are shown
+    assert {run.first_seed for run in choice["run"]} == {CHOICE["first_seed"]}
     tried = seen[0][0]["run"]
     assert {run.predictor["seed"] for run in tried} == {0}
     assert {run.first_seed for run in tried} == {CHOICE["first_seed"]}
@@ -169,7 +174,7 @@ def test_the_best_schedule_of_amed_is_chosen_by_its_first_training_on_other_late
 def test_more_trainings_are_made_where_three_do_not_do():
     found = leaderboard.more_trainings((5, 7), 2_000)
     cells = {(row.method, row.nfe) for row in found.itertuples()}
-    assert cells == {("EPD, K = 3", 5), ("AMED-Plugin", 7), ("AMED-Solver, release", 7)}
+    assert cells == {("EPD, K = 3", 5), ("AMED-Solver, release", 7)}
     own = leaderboard.learned(nfes=(5, 7), n_samples=2_000)
     for cell, rows in found.groupby(["method", "nfe"]):
         assert [run.predictor["seed"] for run in rows["run"]] == [3, 4]
@@ -207,14 +212,56 @@ def test_needs_are_told_by_the_table():
     rows += [(5, needs[0], 1.0), (5, needs[1], 1.2), (5, needs[2], 1.1)]
     found = pd.DataFrame(rows, columns=["nfe", "need", "value"])
     runs = leaderboard.learned(names=("EPD, K = 2",), nfes=[5], seeds=[0])
-    said = standings.needs_in_words(found, runs.assign(need="evaluations side by side"))
+    joint = found.assign(value=[1.0, 2.0, 3.0, 2.0, 1.0, 3.0])
+    said = standings.needs_in_words(found, joint, runs.assign(need="evaluations side by side"))
     assert said == {
         "which_network": "In its mean the third column is ahead of “no training” at 1 of 2 numbers "
         "of evaluations and of “a minute of training” at 1 of 2 numbers of evaluations.",
-        "which_first": "In the mean the first of all columns is “a minute of training” at 3; “no "
-        "training” at 5 evaluations.",
+        "which_first": "In the mean the first of all columns by FD is “a minute of training” at 3; "
+        "“no training” at 5 evaluations; by joint FD “a minute of training” at 5; “no training” at "
+        "3.",
         "which_parallel": "8 for 5",
     }
+
+
+def test_choosing_by_the_error_at_the_end(monkeypatch):
+    """FD prefers the second sampler, the error at the end the first."""
+    planned = leaderboard.untrained(nfes=[5])
+    planned = planned[planned["method"].isin(["DDIM", "iPNDM"]) & planned["afs"]]
+    planned = planned[planned["schedule"] == "polynomial"].reset_index(drop=True)
+
+    def measured(rows, **_):
+        ends = [run.metric == "endpoint_error" for run in rows["run"]]
+        first = rows["method"].eq("DDIM")
+        return rows.assign(
+            result=[result(1.0 + (a != b)) for a, b in zip(ends, first, strict=True)]
+        )
+
+    monkeypatch.setattr(standings, "measure", measured)
+    plans = standings.Plans(planned, planned[:0], planned, planned[:0], "")
+    found = standings.by_endpoint_error(plans)
+    assert dict(zip(found["chosen"], found["who"], strict=True)) == {
+        "by endpoint error": "DDIM, polynomial, AFS",
+        "by FD": "iPNDM, polynomial, AFS",
+    }
+    words = (
+        "Chosen by the error at the end, the untrained sampler's FD is 2.00 in place of 1.00 at 5"
+    )
+    assert standings.endpoint_error_in_words(found).startswith(words)
+    same = found.assign(who="one", value=1.0)
+    assert "at 5 it is the same sampler" in standings.endpoint_error_in_words(same)
+
+
+def test_how_each_row_was_trained_is_told():
+    table = standings.how_trained(leaderboard.learned(nfes=[5], seeds=[0]))
+    assert list(table.index) == list(LEARNED)
+    assert table.loc["AMED-Plugin"].tolist() == [
+        "the next step",
+        "iPNDM, 3 steps for one",
+        "10,000",
+        "Adam, 1 pass",
+    ]
+    assert table.loc["GITS", "by"] == "–"
 
 
 def test_firsts_are_named_by_measure_and_what_is_below_the_limit():

@@ -1,5 +1,6 @@
 """A page begins with its result: at most two sentences, which say what the numbers say."""
 
+import itertools
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from amedlib.study import openings, plans
+from amedlib.study import leaderboard, openings, plans
+from amedlib.study.run import BLOCKS, Run
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -111,17 +113,57 @@ def test_what_centring_changes_is_told_with_afs_and_without():
     rows += [("A, AFS", 3, "centred", 1.0), ("A, AFS", 3, "not centred", 2.5)]
     found = pd.DataFrame(rows, columns=["method", "nfe", "data", "value"])
     first, second = openings.of_centring(found, "FD")
-    assert "in 1 of 1 cells: 2.50 to 2.50 times" in first and "A at 3 evaluations" in first
+    assert "is 2.50 to 2.50 times" in first and "higher in 1 of 1 cells, lower in 0" in first
+    assert "A at 3 evaluations" in first
     assert second == "Without AFS it is 1.00 to 1.00 times."
 
 
 def test_the_fewest_trajectories_that_do_are_named():
-    rows = [(2, 5, 9.0, 1.0, 1.0), (8, 5, 1.6, 0.2, 2.0), (64, 5, 1.5, 0.2, 9.0)]
-    found = pd.DataFrame(rows, columns=["images", "nfe", "value", "half", "seconds"])
-    assert openings.of_few(found) == [
-        "At 5 evaluations it reaches 1.60 ± 0.20 from 8 trajectories (2 s) and 1.50 ± 0.20 from "
-        "64 trajectories (9 s)."
+    """By paired differences: noise that two counts share decides nothing."""
+    shared, own = np.random.default_rng(0).normal(size=(2, BLOCKS))
+
+    def result(value, count):
+        replicates = value + 0.1 * shared + 0.01 * own * (count < 64)
+        return SimpleNamespace(
+            run=Run(solver="euler", samples=100), value=value, replicates=list(replicates)
+        )
+
+    rows = [(2, 5, result(9.0, 2)), (8, 5, result(1.51, 8)), (64, 5, result(1.5, 64))]
+    found = pd.DataFrame(rows, columns=["images", "nfe", "result"])
+    (said,) = openings.of_few(found)
+    assert said.startswith("At 5 evaluations 64 trajectories are better than 2; 8 differ from them")
+    (said,) = openings.of_few(found[1:])
+    assert "are not told from any; 8 differ from them by 0.01" in said
+
+
+def test_the_nearest_of_every_step_is_named():
+    curves = {"A": {"rms": [1.0, 3.0, 1.0]}, "B": {"rms": [2.0, 2.0, 2.0]}}
+    assert (
+        openings.of_steps(curves) == "Step by step the nearest is A in step 1 and 3; B in step 2."
+    )
+
+
+def test_what_is_largest_is_told_with_what_cannot_be_told_from_it():
+    rows = [
+        ("times", 5, 0.6, 0.5, 0.7),
+        ("coefficients", 5, 0.65, 0.6, 0.8),
+        ("afs", 5, 0.9, 0.8, 1),
     ]
+    worth = pd.DataFrame(rows, columns=["factor", "nfe", "value", "low", "high"])
+    first, second = openings.of_freedoms(worth)
+    assert "from learned times or learned coefficients at 5 evaluations" in first
+    assert second.startswith("At 5 learned times multiply FD by 0.60 (0.50 to 0.70)")
+
+
+def test_what_a_freedom_adds_last():
+    """The product of three factors, but for the last of them where all are there."""
+    columns = ["nfe", "afs", *leaderboard.FACTORS, "value"]
+    rows = [
+        (5, False, *on, 8.0 * 0.5 ** sum(on) * (2.0 if all(on) else 1.0))
+        for on in itertools.product((False, True), repeat=3)
+    ]
+    said = openings.of_last(pd.DataFrame(rows, columns=columns))
+    assert said.count("by 1.00 to 1.00") == 3
 
 
 def test_a_sampler_is_told_where_it_was_learned():

@@ -36,8 +36,12 @@ def test_a_search_that_harms_the_end_is_called_greedy():
         "DDIM": {"baseline": [0.1, 0.4], "searched": [0.0, 0.3]},
     }
     said = page.search_in_words(curves)
-    assert said.endswith("nearer for DDIM, and takes it farther away for iPNDM (0.400 to 0.900).")
-    assert page.search_in_words({"DDIM": curves["DDIM"]}).endswith("nearer for DDIM.")
+    assert said.endswith(
+        "nearer to the solution for DDIM, and takes it farther away for iPNDM (0.400 to 0.900)."
+    )
+    assert page.search_in_words({"DDIM": curves["DDIM"]}).endswith(
+        "nearer to the solution for DDIM."
+    )
 
 
 def made_up(metric: str) -> pd.DataFrame:
@@ -155,8 +159,8 @@ def test_an_ablation_tells_its_widest_spread():
         for value in [64.0 if row.amed and row.nfe == 4 else 8.0 if row.r == 0.1 else 16.0]
     ]
     assert openings.of_ablation(6, planned.assign(result=results), "FD") == (
-        "At 4 evaluations DPM-Solver-2, r = 0.1 has the lowest FD in the mean, 8, and AMED-Plugin "
-        "(DPM-Solver-2) the highest, 64."
+        "The rows differ most at 4 evaluations: DPM-Solver-2, r = 0.1 has the lowest FD in the "
+        "mean, 8, and AMED-Plugin (DPM-Solver-2) the highest, 64."
     )
 
 
@@ -164,5 +168,6 @@ def test_a_need_that_nothing_was_run_for_says_so():
     rows = [("no training", 3, "a", 2.0, 0.1), ("no training", 5, "b", 1.0, 0.1)]
     rows.append(("training", 3, "c", 1.5, 0.1))
     found = pd.DataFrame(rows, columns=["need", "nfe", "who", "value", "half"])
-    html = tables.recommended_table(found).to_html()
-    assert html.count("not run") == 1 and "nan" not in html and "c<br>1.50 ± 0.10" in html
+    html = tables.recommended_table(found, found.assign(value=9.0)).to_html()
+    assert html.count("not run") == 1 and "nan" not in html
+    assert "c<br>1.50 ± 0.10<br><small>joint 9.00</small>" in html

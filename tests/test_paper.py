@@ -52,7 +52,8 @@ def test_every_row_of_ours_has_the_papers_numbers():
 
 def test_plans_ask_for_the_papers_settings():
     planned = plans.table2("digits")
-    assert len(planned) == 4 * (6 + 2 * 3)
+    assert len(planned) == 4 * (6 + 2 * 3) + 2 + 2 * 2  # AMED-Solver at 5, AMED-Plugin at 5 and 7
+    assert len(plans.table2("digits", seeds=[0, 1])) == 4 * (6 + 2 * 2)
     for row in planned.itertuples():
         method = plans.METHODS[row.method]
         assert row.run.nfe == row.nfe
@@ -296,7 +297,10 @@ def test_a_table_is_shown_with_its_caption_and_its_figure(tmp_path, monkeypatch)
     measured, judged = page.open_table(*given, **how)
     assert [each.value for each in measured["result"]] == [99.0 - i for i in range(len(planned))]
     (found,) = shown
-    assert found.data.startswith("**At ") and "Of the paper's claims" in found.data
+    assert (
+        found.data.startswith("**The rows differ most at 10 evaluations")
+        and "Of the paper's claims" in found.data
+    )
     shown.clear()
     page.show_cells(6, "digits", measured, figure=True)
     figure, table, words = shown

@@ -75,7 +75,7 @@ def test_pooled_noise_covers_what_it_says_on_the_shipped_trainings(metric, monke
     """About 95 %, each training left out in turn; without the widening it is too little."""
     tables = claims.stored_tables("digits", metric).values()
     covered, of = noise.coverage(tables)
-    assert of >= 24 and 0.93 <= covered / of
+    assert of >= 24 and 0.92 <= covered / of
     monkeypatch.setattr(noise, "widening", lambda known: 1.0)
     covered, of = noise.coverage(tables)
-    assert covered / of < 0.93
+    assert covered / of < 0.9

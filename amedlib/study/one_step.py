@@ -104,7 +104,7 @@ def step_piece(found: dict[str, list[Looks]], grid: Sequence[float], step: int) 
     steps = [str(i + 1) for i in range(len(next(iter(found.values()))))]
     places = [f"{r:.2f}" for r in grid]
     controls = [
-        Control("r", "Second look at r =", places, "0.50", slides=True),
+        Control("r", "Second look at r =", places, "0.30", slides=True),
         Control("images", "Images", list(found), next(iter(found))),
         Control("step", "Step", steps, str(step)),
     ]

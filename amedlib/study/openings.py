@@ -4,11 +4,11 @@ import pandas as pd
 from IPython.display import Markdown, display
 
 from amedlib.datasets.entries import describe
-from amedlib.study import claims, corruptions, plans, standings, tables, verdicts
+from amedlib.study import claims, corruptions, leaderboard, plans, standings, tables, verdicts
 from amedlib.study.published import ROWS, row_names, value_in_words
 from amedlib.study.run import Result
 from amedlib.study.sentences import listed
-from amedlib.study.uncertainty import estimates, with_interval
+from amedlib.study.uncertainty import difference, estimates, with_interval
 
 AROUND = 5  # the number of evaluations that the paper is about
 OF_TABLE2 = "the samplers of Table 2"
@@ -102,7 +102,8 @@ def of_ablation(number: int, measured: pd.DataFrame, unit: str) -> str:
     if not several:
         return ""
     widest = max(several, key=lambda nfe: several[nfe].max() / several[nfe].min())
-    return extremes(found, widest, unit)
+    said = extremes(found, widest, unit).removeprefix(f"At {widest} evaluations ")
+    return f"The rows differ most at {widest} evaluations: {said}"
 
 
 def row_in_words(number: int, row: pd.Series) -> str:
@@ -170,6 +171,18 @@ def of_local_errors(found: pd.DataFrame) -> str:
     )
 
 
+def of_steps(curves: dict[str, dict]) -> str:
+    """Which solver ends every single step nearest to the solution, in a sentence.
+
+    Args:
+        curves: method to a dict with rms, a value per step.
+    """
+    errors = pd.DataFrame({name: found["rms"] for name, found in curves.items()})
+    steps = pd.Series((errors.index + 1).astype(str)).groupby(errors.idxmin(axis=1), sort=False)
+    each = [f"{name} in step {listed(list(some))}" for name, some in steps]
+    return f"Step by step the nearest is {'; '.join(each)}."
+
+
 def of_bound(t, distance, bound, factor: float) -> None:
     """Whether a bound is one: at how many times the distance is above it."""
     beyond = distance > bound
@@ -179,7 +192,7 @@ def of_bound(t, distance, bound, factor: float) -> None:
         if beyond.any()
         else f"The paper's bound holds of the mean distance at all {len(t)} times."
     )
-    show(first, f"The smallest bound of its form is {factor:.3g} times as high.")
+    show(first, f"With the paper's b the smallest bound of its form is {factor:.3g} times as high.")
 
 
 def of_places(results: dict[str, list[Result]]) -> str:
@@ -256,11 +269,12 @@ def of_centring(found: pd.DataFrame, unit: str) -> tuple[str, str]:
     ratio = values["not centred"] / values["centred"]
     afs = ratio.index.get_level_values("method").str.endswith("AFS")
     name, nfe = ratio[afs].idxmax()
+    higher, lower = (ratio[afs] > 1).sum(), (ratio[afs] < 1).sum()
     return (
-        f"With the analytical first step (AFS) {unit} is higher on data that are not centred in "
-        f"{(ratio[afs] > 1).sum()} of {afs.sum()} cells: {ratio[afs].min():.2f} to "
-        f"{ratio[afs].max():.2f} times that on centred data, most for {name.split(',')[0]} at "
-        f"{nfe} evaluations.",
+        f"With the analytical first step (AFS) {unit} is {ratio[afs].min():.2f} to "
+        f"{ratio[afs].max():.2f} times that on centred data where data are not centred: higher in "
+        f"{higher} of {afs.sum()} cells, lower in {lower}; most for {name.split(',')[0]} at {nfe} "
+        "evaluations.",
         f"Without AFS it is {ratio[~afs].min():.2f} to {ratio[~afs].max():.2f} times.",
     )
 
@@ -290,18 +304,37 @@ def of_freedoms(worth: pd.DataFrame) -> tuple[str, str]:
     Args:
         worth: of ``standings.effects``.
     """
+    said: dict[str, list[int]] = {}
+    for nfe, rows in worth.groupby("nfe"):
+        rows = rows.sort_values("value")
+        alike = rows[rows["low"] <= rows["high"].iloc[0]]
+        names = " or ".join(standings.WORDS[name] for name in alike["factor"])
+        said.setdefault(names, []).append(nfe)
+    each = [f"{names} at {listed([str(n) for n in nfes])}" for names, nfes in said.items()]
     first = worth.loc[worth.groupby("nfe")["value"].idxmin()].set_index("nfe")
-    each = [
-        f"{standings.WORDS[name]} at {listed([str(nfe) for nfe in nfes])}"
-        for name, nfes in first.groupby("factor", sort=False).groups.items()
-    ]
     nfe = nearest(first.index)
     value, low, high = first.loc[nfe, ["value", "low", "high"]]
     return (
-        f"The largest gain comes from {', and from '.join(each)} evaluations.",
-        f"At {nfe} that multiplies FD by {value:.2f} ({low:.2f} to {high:.2f}), in the mean over "
-        "all else that is learned or not.",
+        f"The largest gain comes from {'; from '.join(each)} evaluations: “or” stands between what "
+        "cannot be told apart.",
+        f"At {nfe} {standings.WORDS[first['factor'][nfe]]} multiply FD by {value:.2f} ({low:.2f} "
+        f"to {high:.2f}), in the mean over all else that is learned or not.",
     )
+
+
+def of_last(values: pd.DataFrame) -> str:
+    """What each freedom multiplies FD by where the other two are learned already, in a sentence.
+
+    Args:
+        values: means over trainings, with columns nfe, afs, value and ``leaderboard.FACTORS``.
+    """
+    names, told = list(leaderboard.FACTORS), []
+    table = values.set_index(["nfe", "afs", *names])["value"]
+    of_all = table.xs((True,) * len(names), level=names)
+    for name in names:
+        ratio = of_all / table.xs(tuple(other != name for other in names), level=names)
+        told.append(f"{standings.WORDS[name]} by {ratio.min():.2f} to {ratio.max():.2f}")
+    return f"Learned after the other two, {listed(told)}: that is what each multiplies FD by."
 
 
 def correlated(found: tuple[float, tuple[float, float]]) -> str:
@@ -326,22 +359,28 @@ def of_optimisers(values: pd.DataFrame, nfe: int) -> list[str]:
     return said
 
 
-def of_few(values: pd.DataFrame) -> list[str]:
-    """How few trajectories reach what the most do, to within their interval; a sentence per NFE.
+def of_few(measured: pd.DataFrame) -> list[str]:
+    """From how many trajectories on a sampler cannot be told apart from the most; one per NFE.
 
     Args:
-        values: columns images, nfe, value, half, seconds.
+        measured: columns images, nfe, result; compared by paired differences.
     """
     said = []
-    for nfe, rows in values.sort_values("images").groupby("nfe"):
-        most = rows.iloc[-1]
-        first = rows[rows["value"] <= most["value"] + most["half"]].iloc[0]
-        told = [
-            f"{with_interval(row['value'], row['half'])} from {row['images']:.0f} trajectories "
-            f"({row['seconds']:.0f} s)"
-            for row in (first, most)
-        ]
-        said.append(f"At {nfe} evaluations it reaches {' and '.join(dict.fromkeys(told))}.")
+    for nfe, rows in measured.groupby("nfe"):
+        by_count = rows.groupby("images")["result"].agg(list).sort_index()
+        most = by_count.index[-1]
+        found = {n: difference(by_count[n], by_count[most]) for n in by_count.index[:-1]}
+        corrected = claims.holm([each.p_value for each in found.values()])
+        words = [claims.verdict(e.value, p) for e, p in zip(found.values(), corrected, strict=True)]
+        worse = [n for n, word in zip(found, words, strict=True) if word == "does not hold"]
+        least = next(n for n in by_count.index if n > max(worse, default=0))
+        text = f"At {nfe} evaluations {most} trajectories are "
+        text += f"better than {listed([str(n) for n in worse])}" if worse else "not told from any"
+        if least < most:
+            low, high = found[least].interval
+            value = with_interval(found[least].value, (high - low) / 2)
+            text += f"; {least} differ from them by {value}, which decides nothing"
+        said.append(text + ".")
     return said
 
 

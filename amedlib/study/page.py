@@ -52,7 +52,7 @@ def use_style() -> None:
             "savefig.facecolor": "none",
             "svg.fonttype": "none",
             "font.family": "sans-serif",
-            "font.size": 10,  # with `figures.WIDTH`, nothing is below 9 pixels on a page
+            "font.size": 10.4,  # with `figures.WIDTH`, nothing is below 9 pixels on a page
             "axes.titlesize": "medium",
             "axes.formatter.min_exponent": 9,  # 0.01, whose power of ten would be small print
             "axes.spines.top": False,
@@ -476,7 +476,7 @@ def search_in_words(curves: dict[str, dict]) -> str:
     ends = {name: (c["baseline"][-1], c["searched"][-1]) for name, c in curves.items()}
     worse = [f"{name} ({a:.3f} to {b:.3f})" for name, (a, b) in ends.items() if b > a]
     better = [name for name, (a, b) in ends.items() if b <= a]
-    text = "Searched for one step after the other, r brings the end of the trajectory nearer for "
+    text = "A greedy search for r brings the end nearer to the solution for "
     text += listed(better) if better else "no solver"
     if worse:
         text += f", and takes it farther away for {listed(worse)}"

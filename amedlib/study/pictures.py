@@ -117,8 +117,10 @@ def image_table(cells: pd.DataFrame, titles: Sequence[str], what: str) -> Figure
                 ax.imshow(strips.iloc[i, j], interpolation="none")
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
-            above = [title] * (i == 0) + [name if j == 0 else ""]
-            ax.set_title("\n".join(above), loc="left", pad=3)
+            ax.set_title(name if j == 0 else "", loc="left", pad=3)
+            if i == 0:  # above the name, and apart from it
+                at = {"xycoords": "axes fraction", "textcoords": "offset points"}
+                ax.annotate(title, (0, 1), (0, 20), weight="bold", **at)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, hspace=0, wspace=0)
     count = next(len(images) for images in cells.to_numpy().flat if torch.is_tensor(images))
     heads = f"Columns: {', '.join(titles)}. " if columns > 1 else f"{titles[0]}. " * bool(titles[0])
@@ -346,19 +348,19 @@ def proposition_figure(found: pd.DataFrame, bounds: dict[str, np.ndarray]) -> Fi
     figure = Figure(figsize=(WIDTH, 4.8))
     ax = figure.subplots()
     for (label, values), (colour, dashes) in zip(
-        bounds.items(), (("#D55E00", "--"), ("#8C5A32", ":")), strict=True
+        bounds.items(), (("#009E73", "--"), ("#8C5A32", ":")), strict=True
     ):
         ax.plot(found["t"], values, color=colour, linestyle=dashes, marker="_", label=label)
     for column, label, colour, marker in (
-        ("worst", "error with the worst r, mean", "#E69F00", "v"),
+        ("worst", "error with the worst r, mean", "#CC79A7", "P"),
         ("error_max", "error with the best r, largest", "#757575", "^"),
         ("error", "error with the best r, mean", "#757575", "o"),
-        ("perpendicular", "its part across the plane", "#0072B2", "s"),
-        ("parallel", "its part along the plane", "#CC79A7", "D"),
+        ("perpendicular", "its part across the plane", "#D55E00", "s"),
+        ("parallel", "its part in the plane", "#0072B2", "D"),
     ):
         ax.plot(found["t"], found[column], color=colour, marker=marker, label=label)
     ax.set(xscale="log", yscale="log")
-    ax.set(xlabel="time t at which the step starts", ylabel="norm of the state")
+    ax.set(xlabel="time t at which the step starts", ylabel="error (norm of the state)")
     ax.invert_xaxis()
     legend_below(figure, ax)
     return figure

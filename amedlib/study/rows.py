@@ -109,11 +109,12 @@ def runs_of(
         return [run_of(dataset, method, nfe, n_samples, metric, **fields)]
     learned = RECIPE | describe(dataset).training | method.predictor | predictor
     rows = [METHODS[name] for name, nfes in TRAINED_MORE.items() if nfe in nfes]
-    if dataset == "digits" and tuple(seeds) == SEEDS and method in rows and not predictor:
-        seeds = SEEDS + MORE_SEEDS
+    seeds = tuple(different("seeds", seeds))
+    if dataset == "digits" and seeds == SEEDS and method in rows and not predictor:
+        seeds += MORE_SEEDS
     return [
         run_of(
             dataset, method, nfe, n_samples, metric, **fields, predictor=learned | {"seed": seed}
         )
-        for seed in different("seeds", seeds)
+        for seed in seeds
     ]

@@ -158,10 +158,14 @@ def verdict_table(judged: pd.DataFrame):
             if each["nfe"].isna().all():  # of all NFE at once
                 cells = f'<td colspan="{len(columns)}">{_compared(next(each.itertuples()))}</td>'
             rows.append(f'<th class="row_heading">{better} − {worse}</th>{cells}')
-    text = (
-        "Paired differences with half widths of their 95 % intervals; negative is what is claimed. "
-        "Verdicts are corrected for the number of different comparisons by Holm's method"
+    exact = judged["low"].eq(judged["high"]).all()
+    text = "Differences" if exact else "Paired differences with half widths of 95 % intervals"
+    text += (
+        "; negative is what is claimed. Verdicts are corrected for the number of different "
+        "comparisons by Holm's method"
     )
+    if (judged["verdict"] == "no power").any():
+        text += "; ∅: the comparison could not have decided anything"
     if (judged["uncorrected"] != judged["verdict"]).any():
         text += '; "alone": by the interval shown'
     if judged["pooled"].any():

@@ -372,6 +372,7 @@ def corruptions_figure(panels: dict[str, pd.DataFrame]) -> Figure:
             ax.set_yscale("log")
             ax.set_xticks(range(5), [f"{strength:g}" for strength in rows["strength"]])
             ax.set(title=f"{title}: {kind}", xlabel=fill(about.unit, 30))
+    figure.get_layout_engine().set(h_pad=0.12)
     figure.supylabel("FD, pure noise = 1", fontsize="medium")
     legend_below(figure, axes[0][0])
     return figure

@@ -81,7 +81,7 @@ def filmstrip(found: dict[str, Trajectory], columns: int) -> HTML:
         places = np.linspace(0, len(each.times) - 1, columns).round().astype(int)
         times = each.times.tolist()
         film = torch.cat([images_of(each.data, each.states[i, :1], times[i]) for i in places])
-        says = f"{word}, from t = {times[0]:.3g} to {times[-1]:.3g}"
+        says = f"{word}, at t = {', '.join(f'{times[i]:.2g}' for i in places)}"
         alt = f"{columns} pictures in a row ({word}): pure noise at the left turns into an image."
         strips.append(piece([], [View([], {(): Frame(says, alt, mosaic(film, columns))})]).data)
     return HTML("".join(strips))
@@ -146,7 +146,9 @@ def plane_piece(found: dict[str, Trajectory], shown: int = 20) -> HTML:
                 alt = f"Three {word} pictures at t = {time}: a state, its projection onto the "
                 alt += f"plane, and the difference. {says}"
                 parts[time, word, path] = Frame(
-                    f"State, its projection onto the plane, what is left: {says}", alt, images
+                    f"State, its projection onto the plane, the rest times {ENLARGED}: {says}",
+                    alt,
+                    images,
                 )
                 lines = [tuple(points[:, other].T) for other in range(len(paths))]
                 lines += [tuple(points[:, j].T), ([points[i, j, 0]], [points[i, j, 1]])]
@@ -161,10 +163,13 @@ def plane_piece(found: dict[str, Trajectory], shown: int = 20) -> HTML:
     return piece(controls, [View(names, flat, looks, layout), View(names[:3], parts)])
 
 
+ENLARGED = 5  # so that the difference is seen
+
+
 def _outside(found: Trajectory, outside: torch.Tensor, i: int, j: int) -> str:
-    """A state, its projection, and their difference, where grey is nothing; all to one scale."""
+    """A state, its projection, and their difference, enlarged, where grey is nothing."""
     state, left, t = found.states[i, [j]], outside[i, [j]], float(found.times[i])
-    rest = (left / (1 + t**2) ** 0.5 + 1) / 2
+    rest = (ENLARGED * left / (1 + t**2) ** 0.5 + 1) / 2
     both = [images_of(found.data, x, t) for x in (state, state - left)]
     return mosaic(torch.cat([*both, rest.cpu().float()]), 3)
 

@@ -149,6 +149,12 @@ def times_trained(measured: pd.DataFrame, number: int | None = None) -> pd.Serie
     return pd.Series(map(len, seeds.values()), cells, dtype=int)
 
 
+def how_often(measured: pd.DataFrame) -> str:
+    """How often the learned steps of a frame's cells were trained: "3 or 5 trainings"."""
+    counts = sorted(set(times_trained(measured)))
+    return f"{' or '.join(map(str, counts))} trainings" if counts else "no training"
+
+
 def trainings_in_words(times: pd.Series) -> str:
     """How often most cells were trained, and which were more or less often; or nothing.
 

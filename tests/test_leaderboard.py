@@ -160,7 +160,8 @@ def test_the_best_schedule_of_amed_is_chosen_by_its_first_training_on_other_late
 
     monkeypatch.setattr(standings, "kept", kept)
     monkeypatch.setattr(standings, "measure", measure)
-    shown, choice = standings.best_schedules("digits", [5], (0, 1, 2), 5000, ("fd",))
+    shown, choice, untried = standings.best_schedules("digits", [5], (0, 1, 2), 5000, ("fd",))
+    assert untried == ""
     assert shown["method"].tolist() == ["AMED-Solver, best schedule"] * 3
     assert {run.schedule for run in shown["run"]} == {"logsnr"}
     assert [run.predictor["seed"] for run in shown["run"]] == [0, 1, 2]

@@ -118,8 +118,8 @@ def test_what_centring_changes_is_told_with_afs_and_without():
     assert second == "Without AFS it is 1.00 to 1.00 times."
 
 
-def test_the_fewest_trajectories_that_do_are_named():
-    """By paired differences: noise that two counts share decides nothing."""
+def test_few_trajectories_are_compared_by_paired_differences():
+    """Noise that two counts share decides nothing."""
     shared, own = np.random.default_rng(0).normal(size=(2, BLOCKS))
 
     def result(value, count):
@@ -130,10 +130,10 @@ def test_the_fewest_trajectories_that_do_are_named():
 
     rows = [(2, 5, result(9.0, 2)), (8, 5, result(1.51, 8)), (64, 5, result(1.5, 64))]
     found = pd.DataFrame(rows, columns=["images", "nfe", "result"])
-    (said,) = openings.of_few(found)
-    assert said.startswith("At 5 evaluations 64 trajectories are better than 2; 8 differ from them")
-    (said,) = openings.of_few(found[1:])
-    assert "are not told from any; 8 differ from them by 0.01" in said
+    two, eight = openings.of_few(found).items()
+    assert two[0] == "At 5 evaluations 2 trajectories instead of 64" and two[1].value == 7.5
+    assert eight[1].value == pytest.approx(0.01)
+    assert eight[1].interval[1] - eight[1].interval[0] < 0.2  # shared, it would be 1.2
 
 
 def test_the_nearest_of_every_step_is_named():
@@ -143,7 +143,7 @@ def test_the_nearest_of_every_step_is_named():
     )
 
 
-def test_what_is_largest_is_told_with_what_cannot_be_told_from_it():
+def test_what_is_largest_is_told_with_how_many_reach_it():
     rows = [
         ("times", 5, 0.6, 0.5, 0.7),
         ("coefficients", 5, 0.65, 0.6, 0.8),
@@ -151,7 +151,7 @@ def test_what_is_largest_is_told_with_what_cannot_be_told_from_it():
     ]
     worth = pd.DataFrame(rows, columns=["factor", "nfe", "value", "low", "high"])
     first, second = openings.of_freedoms(worth)
-    assert "from learned times or learned coefficients at 5 evaluations" in first
+    assert "from learned times at 5 evaluations; the intervals of 1 of 2 other gains" in first
     assert second.startswith("At 5 learned times multiply FD by 0.60 (0.50 to 0.70)")
 
 

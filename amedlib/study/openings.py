@@ -8,7 +8,7 @@ from amedlib.study import claims, corruptions, leaderboard, plans, standings, ta
 from amedlib.study.published import ROWS, row_names, value_in_words
 from amedlib.study.run import Result
 from amedlib.study.sentences import listed
-from amedlib.study.uncertainty import difference, estimates, with_interval
+from amedlib.study.uncertainty import Estimate, difference, estimates, with_interval
 
 AROUND = 5  # the number of evaluations that the paper is about
 OF_TABLE2 = "the samplers of Table 2"
@@ -304,19 +304,18 @@ def of_freedoms(worth: pd.DataFrame) -> tuple[str, str]:
     Args:
         worth: of ``standings.effects``.
     """
-    said: dict[str, list[int]] = {}
-    for nfe, rows in worth.groupby("nfe"):
-        rows = rows.sort_values("value")
-        alike = rows[rows["low"] <= rows["high"].iloc[0]]
-        names = " or ".join(standings.WORDS[name] for name in alike["factor"])
-        said.setdefault(names, []).append(nfe)
-    each = [f"{names} at {listed([str(n) for n in nfes])}" for names, nfes in said.items()]
     first = worth.loc[worth.groupby("nfe")["value"].idxmin()].set_index("nfe")
+    each = [
+        f"{standings.WORDS[name]} at {listed([str(nfe) for nfe in nfes])}"
+        for name, nfes in first.groupby("factor", sort=False).groups.items()
+    ]
+    reached = worth["low"] <= worth["nfe"].map(first["high"])
     nfe = nearest(first.index)
     value, low, high = first.loc[nfe, ["value", "low", "high"]]
     return (
-        f"The largest gain comes from {'; from '.join(each)} evaluations: “or” stands between what "
-        "cannot be told apart.",
+        f"In the mean the largest gain comes from {', and from '.join(each)} evaluations; the "
+        f"intervals of {reached.sum() - len(first)} of {len(worth) - len(first)} other gains "
+        "overlap with theirs.",
         f"At {nfe} {standings.WORDS[first['factor'][nfe]]} multiply FD by {value:.2f} ({low:.2f} "
         f"to {high:.2f}), in the mean over all else that is learned or not.",
     )
@@ -359,29 +358,20 @@ def of_optimisers(values: pd.DataFrame, nfe: int) -> list[str]:
     return said
 
 
-def of_few(measured: pd.DataFrame) -> list[str]:
-    """From how many trajectories on a sampler cannot be told apart from the most; one per NFE.
+def of_few(measured: pd.DataFrame) -> dict[str, Estimate]:
+    """What fewer trajectories differ by from the most: paired differences, by their names.
 
     Args:
-        measured: columns images, nfe, result; compared by paired differences.
+        measured: columns images, nfe, result.
     """
-    said = []
+    found = {}
     for nfe, rows in measured.groupby("nfe"):
         by_count = rows.groupby("images")["result"].agg(list).sort_index()
         most = by_count.index[-1]
-        found = {n: difference(by_count[n], by_count[most]) for n in by_count.index[:-1]}
-        corrected = claims.holm([each.p_value for each in found.values()])
-        words = [claims.verdict(e.value, p) for e, p in zip(found.values(), corrected, strict=True)]
-        worse = [n for n, word in zip(found, words, strict=True) if word == "does not hold"]
-        least = next(n for n in by_count.index if n > max(worse, default=0))
-        text = f"At {nfe} evaluations {most} trajectories are "
-        text += f"better than {listed([str(n) for n in worse])}" if worse else "not told from any"
-        if least < most:
-            low, high = found[least].interval
-            value = with_interval(found[least].value, (high - low) / 2)
-            text += f"; {least} differ from them by {value}, which decides nothing"
-        said.append(text + ".")
-    return said
+        for count in by_count.index[:-1]:
+            name = f"At {nfe} evaluations {count} trajectories instead of {most}"
+            found[name] = difference(by_count[count], by_count[most])
+    return found
 
 
 def of_transfer(values: pd.DataFrame, nfe: int) -> list[str]:

@@ -50,12 +50,12 @@ def plans_of(dataset: str, nfes, seeds, n_samples, metrics, compute=False, **how
     of_learned = kept(leaderboard.learned(dataset, nfes=nfes, seeds=seeds, **chosen), **alone)
     left = kept(untrained, **which), kept(learned, **which)
     said = [not_run(untrained, left[0]), not_run(learned, left[1])]
-    other = best_schedules(dataset, nfes, seeds, n_samples, metrics, compute, **how)
-    learned, of_learned = (
-        pd.concat(pair, ignore_index=True)
-        for pair in zip((left[1], of_learned), other, strict=True)
+    other, chosen, untried = best_schedules(
+        dataset, nfes, seeds, n_samples, metrics, compute, **how
     )
-    return Plans(left[0], learned, choice, of_learned, " ".join(filter(None, said)))
+    learned = pd.concat([left[1], other], ignore_index=True)
+    of_learned = pd.concat([of_learned, chosen], ignore_index=True)
+    return Plans(left[0], learned, choice, of_learned, " ".join(filter(None, [untried, *said])))
 
 
 def best_schedules(dataset: str, nfes, seeds, n_samples, metrics, compute=False, **how):
@@ -64,7 +64,7 @@ def best_schedules(dataset: str, nfes, seeds, n_samples, metrics, compute=False,
     Returns:
         Two plans of such rows where all schedules were tried and the best is not the row's own: on
         the samples that are shown, and on those that the best of a need is chosen by. Their names
-        end with ``ON_BEST``.
+        end with ``ON_BEST``. And where no schedule was tried, in words.
     """
     tried = leaderboard.on_schedules(dataset, nfes, seeds[:1], **leaderboard.CHOICE)
     tried = kept(tried, compute=compute, **how)
@@ -78,7 +78,9 @@ def best_schedules(dataset: str, nfes, seeds, n_samples, metrics, compute=False,
     planned = {k: leaderboard.on_schedules(dataset, nfes, seeds, **on[k]).merge(first) for k in on}
     shown = kept(planned["shown"], metrics, compute, **how)
     choice = kept(planned["choice"], compute=compute, **how)
-    return [each.assign(method=each["method"] + ON_BEST) for each in (shown, choice)]
+    left = [str(nfe) for nfe in nfes if nfe not in set(tried["nfe"])]
+    said = f"Schedules were not tried at {listed(left)}." if left else ""
+    return *(each.assign(method=each["method"] + ON_BEST) for each in (shown, choice)), said
 
 
 def with_metric(planned: pd.DataFrame, metric: str) -> pd.DataFrame:

@@ -48,7 +48,7 @@ def test_a_judgement_in_prose_is_found(sentence):
 
 
 def ledger(verdict: str) -> pd.DataFrame:
-    found = {"verdict": verdict, "holds": 1, "fails": 0, "undecided": 0, "made": 1}
+    found = {"verdict": verdict, "made": 1} | claims.counted(["holds"])
     known = claims.claims().set_index("id")["sentence"]
     return pd.DataFrame(
         [{"id": name, "sentence": known[name], "fd": found} for name in verdicts.FRONT]

@@ -1,4 +1,4 @@
-"""The leaderboard: every sampler of the library and of the field, under the same conditions."""
+"""The leaderboard: every sampler of the library and of the field, on the same latents."""
 
 from dataclasses import replace
 from itertools import product

@@ -45,15 +45,13 @@ def plans_of(dataset: str, nfes, seeds, n_samples, metrics, compute=False, **how
     if dataset == "digits" and tuple(seeds) == SEEDS:
         more = leaderboard.more_trainings(nfes, n_samples)
         learned = pd.concat([learned, more], ignore_index=True)
-    chosen = leaderboard.CHOICE
-    choice = kept(leaderboard.untrained(dataset, nfes, **chosen), **alone)
-    of_learned = kept(leaderboard.learned(dataset, nfes=nfes, seeds=seeds, **chosen), **alone)
+    others = leaderboard.CHOICE
+    choice = kept(leaderboard.untrained(dataset, nfes, **others), **alone)
+    of_learned = kept(leaderboard.learned(dataset, nfes=nfes, seeds=seeds, **others), **alone)
     left = kept(untrained, **which), kept(learned, **which)
     said = [not_run(untrained, left[0]), not_run(learned, left[1])]
-    other, chosen, untried = best_schedules(
-        dataset, nfes, seeds, n_samples, metrics, compute, **how
-    )
-    learned = pd.concat([left[1], other], ignore_index=True)
+    more, chosen, untried = best_schedules(dataset, nfes, seeds, n_samples, metrics, compute, **how)
+    learned = pd.concat([left[1], more], ignore_index=True)
     of_learned = pd.concat([of_learned, chosen], ignore_index=True)
     return Plans(left[0], learned, choice, of_learned, " ".join(filter(None, [untried, *said])))
 
@@ -416,8 +414,8 @@ def needs_in_words(found: pd.DataFrame, joint: pd.DataFrame, runs: pd.DataFrame)
 def by_endpoint_error(plans: Plans, **how) -> pd.DataFrame:
     """The untrained sampler that ends nearest to the solution, and the one that FD chooses.
 
-    Both are chosen by what needs no reference images or does, as ``best`` chooses: the first by the
-    endpoint error of the samples that it is shown on, of which FD knows nothing.
+    The first is chosen by the endpoint error of the samples that it is shown on, the second as
+    ``best`` chooses.
 
     Returns:
         Columns nfe, chosen (by endpoint error, by FD), who, value and half (of FD).

@@ -171,7 +171,8 @@ def dots(panels: dict[str, pd.DataFrame], units) -> Figure:
         units: label of each panel's axis.
     """
     names = list(dict.fromkeys(name for frame in panels.values() for name in frame["variant"]))
-    figure, axes = _panels(len(panels), height=0.7 + 0.45 * len(names), sharey=True)
+    size = {"height": 0.7 + 0.45 * len(names), "columns": 3}
+    figure, axes = _panels(len(panels), **size, sharey=True)
     for (title, frame), unit, ax in zip(panels.items(), units, axes, strict=True):
         for _, row in frame.iterrows():
             place = names.index(row["variant"])
@@ -185,7 +186,7 @@ def dots(panels: dict[str, pd.DataFrame], units) -> Figure:
             ax.xaxis.set_minor_formatter(NullFormatter())
         else:
             ax.set_xlim(left=0)
-            ax.xaxis.set_major_locator(MaxNLocator(5))
+            ax.xaxis.set_major_locator(MaxNLocator(5 if len(panels) < 3 else 3))
         ax.xaxis.set_major_formatter("{x:g}")
     axes[0].set_yticks(range(len(names)), [fill(name, 26) for name in names])
     axes[0].invert_yaxis()

@@ -9,7 +9,7 @@ import pandas as pd
 from amedlib.datasets.entries import DATASETS, Entry, describe
 from amedlib.datasets.files import DATA
 from amedlib.study import plans
-from amedlib.study.corruptions import structureless
+from amedlib.study.corruptions import ordered_below
 from amedlib.study.facts import PER_CELL, TESTS
 from amedlib.study.noise import can_be_checked, doubt, pooled_noise, training_noise
 from amedlib.study.published import published
@@ -310,13 +310,11 @@ def _powerless(found: Estimate, better: dict, worse: dict, factor: float) -> boo
     They count for Holm's correction all the same. A distance is not below 0, so a difference is at
     most the larger of the two, and borrowed noise of training can be wider than that. And FD does
     not order what is farther from the data than noise of the data's mean and covariance
-    (``corruptions.structureless``).
+    (``corruptions.ordered_below``).
     """
     low, high = found.interval
     several = better["value"], factor * worse["value"]
-    first = better["results"][0].run
-    level = structureless(first.dataset) if first.metric == FIRST else np.inf
-    lost = min(better["value"], worse["value"]) > level
+    lost = min(better["value"], worse["value"]) > ordered_below(better["results"][0].run)
     return lost or (found.pooled is not None and (high - low) / 2 > max(several))
 
 

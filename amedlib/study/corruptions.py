@@ -27,7 +27,7 @@ from amedlib.denoisers.digits import load_digits_images, quantise
 from amedlib.files import write_atomically
 from amedlib.metrics import Moments, moments_distance
 from amedlib.study.published import DISTANCES
-from amedlib.study.run import OF_SAMPLES
+from amedlib.study.run import OF_SAMPLES, Run
 from amedlib.study.store import RESULTS, fingerprint_of
 
 SEED = 0
@@ -215,6 +215,11 @@ def structureless(dataset: str) -> float:
         return math.inf
     table = load_table(dataset).set_index("kind")
     return float(table.loc[GAUSSIAN, "fd"])
+
+
+def ordered_below(run: Run) -> float:
+    """The distance beyond which a Run's metric does not order samples: ``structureless`` for FD."""
+    return structureless(run.dataset) if run.metric == "fd" else math.inf
 
 
 def as_table(table: pd.DataFrame):

@@ -11,7 +11,7 @@ from amedlib.datasets.entries import describe
 from amedlib.metrics import jackknife_error
 from amedlib.schedules import make_schedule
 from amedlib.study import audit, plans
-from amedlib.study.corruptions import structureless
+from amedlib.study.corruptions import ordered_below
 from amedlib.study.costs import costs_of_choice
 from amedlib.study.published import published
 from amedlib.study.theory import paper_a, scaled_logistic
@@ -36,16 +36,10 @@ def _measured(cells: pd.DataFrame) -> list[dict]:
     return [row for row in cells.to_dict("records") if row["results"]]
 
 
-def _level(cells) -> float:
-    """What FD cannot order beyond; infinite for other measures."""
-    runs = [row["results"][0].run for row in _measured(cells)]
-    return structureless(runs[0].dataset) if runs and runs[0].metric == "fd" else np.inf
-
-
 def _degradation(cells, results_dir):
     """FID at the least NFE over that at the most: of single-step solvers above multistep ones.
 
-    Where both are beyond noise at the least NFE (``corruptions.structureless``) it has no power.
+    Where both are beyond noise at the least NFE (``corruptions.ordered_below``) it has no power.
     """
 
     def growth(method):
@@ -55,14 +49,14 @@ def _degradation(cells, results_dir):
 
     rows = {(row["method"], row["nfe"]): row["results"] for row in _measured(cells)}
     ends = min(cells["nfe"]), max(cells["nfe"])
-    level, found = _level(cells), []
+    found = []
     for single in ("DPM-Solver-2", "EDM"):
         for multi in ("DPM-Solver++(3M)", "UniPC", "iPNDM"):
             if all((method, nfe) in rows for method in (single, multi) for nfe in ends):
                 value, *replicates = growth(multi) - growth(single)
-                samples = rows[single, ends[0]][0].run.samples
-                each = Estimate(value, jackknife_error(replicates), None, 1, samples)
-                if min(rows[name, ends[0]][0].value for name in (single, multi)) > level:
+                few = [rows[name, ends[0]][0] for name in (single, multi)]
+                each = Estimate(value, jackknife_error(replicates), None, 1, few[0].run.samples)
+                if min(result.value for result in few) > ordered_below(few[0].run):
                     each = NO_POWER
                 found.append((f"growth of {multi}", f"of {single}", np.nan, each))
     return found

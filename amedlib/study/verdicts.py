@@ -1,4 +1,4 @@
-"""What verdicts say of one another, in words: of one claim by several measures, of many claims."""
+"""What verdicts say of one another, in words, and whether methods come in the paper's order."""
 
 import pandas as pd
 from scipy import stats
